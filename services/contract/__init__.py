@@ -1,0 +1,1 @@
+"""What the services share: messages, configuration, streams, policy versions, telemetry. Imports no service and no torch."""

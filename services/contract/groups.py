@@ -1,0 +1,324 @@
+"""The durable path of a group: fed, leased, stored, graded, collected, released. Each move is one atomic script.
+
+| state     | who moves it on                          | if that one dies here                                                  |
+|-----------|------------------------------------------|------------------------------------------------------------------------|
+| fed       | a worker reads it (`lease`)              | it waits in the stream                                                 |
+| leased    | the worker refreshes it (`refresh`)      | idle for `lease_s`: another worker claims it, plays the missing samples |
+| stored    | `store`, once per trajectory             | a second attempt finds it there and is discarded                       |
+| finished  | `finish`, when every sample is stored    | the lease runs out; the claimer finds all stored and finishes          |
+| graded    | `grade`, once per trajectory             | Celery delivers the task again; the second time changes nothing        |
+| collected | the trainer read it, nothing is acknowledged | a new trainer reads its pending entries again                      |
+| released  | `release`, after the checkpoint is durable | done again; releasing twice changes nothing                          |
+| dead      | `fail` beyond `max_attempts`             | the trainer's pending entry of `dead` is read again                    |
+
+At any instant ``fed = waiting + leased + finished + dead`` and ``finished = collected + graded_waiting + ungraded + released``
+(`Accounts.check`). States live in one hash until release; what was released or died is only counted.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import redis
+
+from services.contract.messages import (
+    DeadLetter,
+    GradedNotice,
+    PromptGroup,
+    Trajectory,
+    decode_dead,
+    decode_group,
+    decode_trajectory,
+    encode,
+)
+from services.contract.store import Keys
+
+ROLLOUT_GROUP, TRAINER_GROUP, TRAINER = "rollout", "trainer", "trainer"
+EVENTS_KEPT = 2000
+
+# KEYS: states, prompts, counters. ARGV: group id, body.
+_FEED = """
+if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 1 then return 0 end
+redis.call('HSET', KEYS[1], ARGV[1], 'fed')
+redis.call('XADD', KEYS[2], '*', 'body', ARGV[2])
+redis.call('HINCRBY', KEYS[3], 'fed', 1)
+return 1
+"""
+
+# KEYS: prompts. ARGV: consumer group, entry id, new body. Only the holder of a pending entry may move it.
+_REQUEUE = """
+if redis.call('XACK', KEYS[1], ARGV[1], ARGV[2]) == 0 then return 0 end
+redis.call('XDEL', KEYS[1], ARGV[2])
+redis.call('XADD', KEYS[1], '*', 'body', ARGV[3])
+return 1
+"""
+
+# KEYS: prompts, states. ARGV: consumer group, entry id, group id, samples.
+_FINISH = """
+if redis.call('XACK', KEYS[1], ARGV[1], ARGV[2]) == 0 then return 0 end
+redis.call('XDEL', KEYS[1], ARGV[2])
+redis.call('HSET', KEYS[2], ARGV[3], 'finished ' .. ARGV[4])
+return 1
+"""
+
+# KEYS: prompts, states, dead, counters, graded_samples, trajectories... ARGV: consumer group, entry id, group id, letter.
+_DIE = """
+if redis.call('XACK', KEYS[1], ARGV[1], ARGV[2]) == 0 then return 0 end
+redis.call('XDEL', KEYS[1], ARGV[2])
+redis.call('HDEL', KEYS[2], ARGV[3])
+redis.call('HDEL', KEYS[5], ARGV[3])
+redis.call('XADD', KEYS[3], '*', 'body', ARGV[4])
+redis.call('HINCRBY', KEYS[4], 'dead', 1)
+for i = 6, #KEYS do redis.call('DEL', KEYS[i]) end
+return 1
+"""
+
+# KEYS: trajectory, graded, graded_samples. ARGV: the body that was graded, the body with its reward, notice, group id.
+_GRADE = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[2])
+redis.call('XADD', KEYS[2], '*', 'body', ARGV[3])
+redis.call('HINCRBY', KEYS[3], ARGV[4], 1)
+return 1
+"""
+
+# KEYS: states, counters, graded, graded_samples, trajectories... ARGV: consumer group, group id, graded entry ids...
+_RELEASE = """
+for i = 3, #ARGV do
+  redis.call('XACK', KEYS[3], ARGV[1], ARGV[i])
+  redis.call('XDEL', KEYS[3], ARGV[i])
+end
+for i = 5, #KEYS do redis.call('DEL', KEYS[i]) end
+redis.call('HDEL', KEYS[4], ARGV[2])
+if redis.call('HDEL', KEYS[1], ARGV[2]) == 0 then return 0 end
+redis.call('HINCRBY', KEYS[2], 'released', 1)
+return 1
+"""
+
+# KEYS: states, prompts, counters, graded_samples. ARGV: rollout consumer group. One instant's picture of all groups.
+_ACCOUNTS = """
+local out = {}
+local flat = redis.call('HGETALL', KEYS[1])
+for i = 1, #flat, 2 do
+  local graded = redis.call('HGET', KEYS[4], flat[i]) or '0'
+  table.insert(out, flat[i]); table.insert(out, flat[i + 1]); table.insert(out, graded)
+end
+local pending = redis.call('XPENDING', KEYS[2], ARGV[1])[1]
+local counters = {}
+for _, name in ipairs({'fed', 'dead', 'released'}) do
+  table.insert(counters, redis.call('HGET', KEYS[3], name) or '0')
+end
+return {out, pending, redis.call('XLEN', KEYS[2]), counters}
+"""
+
+
+class Lease(msgspec.Struct, frozen=True):
+    """A group in a worker's hands; `entry_id` is its place in the prompts stream."""
+
+    entry_id: bytes
+    group: PromptGroup
+
+
+class Graded(msgspec.Struct, frozen=True):
+    entry_id: bytes
+    notice: GradedNotice
+
+
+class Accounts(msgspec.Struct, frozen=True):
+    """Counts of groups since the run began; `waiting`, `leased`, `collected` … are those of this instant."""
+
+    fed: int
+    waiting: int
+    leased: int
+    dead: int
+    ungraded: int
+    graded_waiting: int
+    collected: int
+    released: int
+
+    @property
+    def finished(self) -> int:
+        return self.ungraded + self.graded_waiting + self.collected + self.released
+
+    def check(self) -> None:
+        """Raise AssertionError unless every group that was fed is somewhere."""
+        assert self.fed == self.waiting + self.leased + self.finished + self.dead, f"groups are missing: {self}"
+
+
+class GroupStore:
+    """All moves of a group. Safe to use from many threads and processes; every method may be repeated."""
+
+    def __init__(self, client: redis.Redis, run: str) -> None:
+        self.client, self.keys = client, Keys(run)
+        register = client.register_script
+        self._feed, self._requeue, self._finish = register(_FEED), register(_REQUEUE), register(_FINISH)
+        self._die, self._grade, self._release = register(_DIE), register(_GRADE), register(_RELEASE)
+        self._accounts = register(_ACCOUNTS)
+        self.ensure_streams()
+
+    def ensure_streams(self) -> None:
+        """Make the streams and their consumer groups; those that are there stay as they are."""
+        for stream, group in (
+            (self.keys.prompts, ROLLOUT_GROUP),
+            (self.keys.graded, TRAINER_GROUP),
+            (self.keys.dead, TRAINER_GROUP),
+        ):
+            try:
+                self.client.xgroup_create(stream, group, id="0", mkstream=True)
+            except redis.ResponseError as error:
+                if "BUSYGROUP" not in str(error):
+                    raise
+
+    # -- the trainer feeds ---------------------------------------------------------------------------------------------
+
+    def feed(self, group: PromptGroup) -> bool:
+        """Put a group on the prompts stream. False: it is already in flight, and stays as it is."""
+        keys = [self.keys.states, self.keys.prompts, self.keys.counters]
+        return bool(self._feed(keys, [group.group_id, encode(group)]))
+
+    # -- a worker plays ------------------------------------------------------------------------------------------------
+
+    def lease(self, worker: str, count: int, block_ms: int) -> list[Lease]:
+        """New groups for this worker; waits up to `block_ms`."""
+        reply = self._read(self.keys.prompts, ROLLOUT_GROUP, worker, ">", count, block_ms)
+        return [Lease(entry_id, decode_group(fields[b"body"])) for entry_id, fields in reply]
+
+    def claim(self, worker: str, lease_s: float, count: int) -> list[Lease]:
+        """Groups whose worker has shown no sign of life for `lease_s` seconds; they are this worker's now."""
+        arguments = {"min_idle_time": int(lease_s * 1000), "count": count}
+        _, entries, *_ = self._with_streams(lambda: self.client.xautoclaim(self.keys.prompts, ROLLOUT_GROUP, worker, **arguments))
+        return [Lease(entry_id, decode_group(fields[b"body"])) for entry_id, fields in entries if fields]
+
+    def refresh(self, worker: str, leases: list[Lease]) -> set[bytes]:
+        """Say that these groups are still being played. Returns the entry ids that are still this worker's."""
+        if not leases:
+            return set()
+        mine = self.client.xpending_range(self.keys.prompts, ROLLOUT_GROUP, "-", "+", 100_000, consumername=worker)
+        held = {entry["message_id"] for entry in mine} & {lease.entry_id for lease in leases}
+        if held:
+            self.client.xclaim(self.keys.prompts, ROLLOUT_GROUP, worker, 0, sorted(held), justid=True)
+        return held
+
+    def store(self, trajectory: Trajectory) -> bool:
+        """Keep a finished trajectory. False: another attempt was first; this one is discarded."""
+        return bool(self.client.set(self.keys.trajectory(trajectory.id), encode(trajectory), nx=True))
+
+    def missing_samples(self, group: PromptGroup) -> list[int]:
+        """Which samples of the group have no stored trajectory yet."""
+        bodies = self.client.mget([self.keys.trajectory(i) for i in group.trajectory_ids()])
+        return [sample for sample, body in enumerate(bodies) if body is None]
+
+    def finish(self, lease: Lease) -> bool:
+        """Every sample is stored: give up the lease."""
+        keys = [self.keys.prompts, self.keys.states]
+        return bool(self._finish(keys, [ROLLOUT_GROUP, lease.entry_id, lease.group.group_id, lease.group.samples]))
+
+    def hand_back(self, lease: Lease) -> bool:
+        """Put the group back for another worker, without counting an attempt."""
+        return bool(self._requeue([self.keys.prompts], [ROLLOUT_GROUP, lease.entry_id, encode(lease.group)]))
+
+    def fail(self, lease: Lease, reason: str, max_attempts: int) -> bool:
+        """Infrastructure failed under this group: try again, or bury it. Returns whether it was buried."""
+        group = lease.group
+        if group.attempt < max_attempts:
+            again = msgspec.structs.replace(group, attempt=group.attempt + 1)
+            self._requeue([self.keys.prompts], [ROLLOUT_GROUP, lease.entry_id, encode(again)])
+            return False
+        return self.bury(lease, reason)
+
+    def bury(self, lease: Lease, reason: str) -> bool:
+        """Move the group to `dead`, with its reason; what it had stored is deleted."""
+        group, keys = lease.group, self.keys
+        letter = DeadLetter(group.group_id, group.purpose, reason, group.attempt)
+        names = [keys.prompts, keys.states, keys.dead, keys.counters, keys.graded_samples]
+        names += [keys.trajectory(i) for i in group.trajectory_ids()]
+        return bool(self._die(names, [ROLLOUT_GROUP, lease.entry_id, group.group_id, encode(letter)]))
+
+    # -- the grader ----------------------------------------------------------------------------------------------------
+
+    def load(self, trajectory_id: str) -> Trajectory | None:
+        """The stored trajectory; None when it was released or never stored."""
+        body = self.client.get(self.keys.trajectory(trajectory_id))
+        return decode_trajectory(body) if body else None
+
+    def grade(self, trajectory: Trajectory, reward: float, parts: dict[str, float]) -> bool:
+        """Write the reward onto an ungraded trajectory and announce it. False: it was graded before, or is gone."""
+        if trajectory.reward is not None:
+            return False
+        graded = msgspec.structs.replace(trajectory, reward=reward, reward_parts=parts)
+        notice = GradedNotice(trajectory.id, trajectory.group_id, reward)
+        keys = [self.keys.trajectory(trajectory.id), self.keys.graded, self.keys.graded_samples]
+        return bool(self._grade(keys, [encode(trajectory), encode(graded), encode(notice), trajectory.group_id]))
+
+    # -- the trainer collects ------------------------------------------------------------------------------------------
+
+    def read_graded(self, count: int, block_ms: int, pending_after: bytes | None = None) -> list[Graded]:
+        """Graded trajectories, unacknowledged. `pending_after`: those a former trainer had read, after that entry id."""
+        start = ">" if pending_after is None else pending_after
+        entries = self._read(self.keys.graded, TRAINER_GROUP, TRAINER, start, count, block_ms)
+        decode = msgspec.msgpack.Decoder(GradedNotice).decode
+        return [Graded(entry_id, decode(fields[b"body"])) for entry_id, fields in entries if fields]
+
+    def read_dead(self, count: int = 100) -> list[DeadLetter]:
+        """Groups that were given up since the last call."""
+        entries = self._read(self.keys.dead, TRAINER_GROUP, TRAINER, ">", count, None)
+        if entries:
+            self.client.xack(self.keys.dead, TRAINER_GROUP, *[entry_id for entry_id, _ in entries])
+        return [decode_dead(fields[b"body"]) for _, fields in entries]
+
+    def load_many(self, trajectory_ids: list[str]) -> list[Trajectory | None]:
+        bodies = self.client.mget([self.keys.trajectory(i) for i in trajectory_ids])
+        return [decode_trajectory(body) if body else None for body in bodies]
+
+    def mark_collected(self, group_id: str) -> None:
+        self.client.hset(self.keys.states, group_id, "collected")
+
+    def release(self, group_id: str, trajectory_ids: list[str], entry_ids: list[bytes]) -> bool:
+        """Forget a group: its notices are acknowledged, its bodies deleted. Only after the checkpoint is durable."""
+        keys = [self.keys.states, self.keys.counters, self.keys.graded, self.keys.graded_samples]
+        keys += [self.keys.trajectory(i) for i in trajectory_ids]
+        return bool(self._release(keys, [TRAINER_GROUP, group_id, *entry_ids]))
+
+    def in_flight(self) -> set[str]:
+        """Ids of all groups that were fed and neither released nor buried."""
+        return {group_id.decode() for group_id in self.client.hkeys(self.keys.states)}
+
+    # -- accounting and news -------------------------------------------------------------------------------------------
+
+    def accounts(self) -> Accounts:
+        """Where every group is, read in one instant."""
+        keys = [self.keys.states, self.keys.prompts, self.keys.counters, self.keys.graded_samples]
+        flat, leased, depth, counters = self._with_streams(lambda: self._accounts(keys, [ROLLOUT_GROUP]))
+        rows = [(flat[i + 1], int(flat[i + 2])) for i in range(0, len(flat), 3)]
+        fed, dead, released = map(int, counters)
+        complete = [graded >= int(state.split()[1]) for state, graded in rows if state.startswith(b"finished")]
+        return Accounts(
+            fed=fed,
+            waiting=depth - leased,  # acknowledged entries are deleted at once, so the stream holds waiting and leased only
+            leased=leased,
+            dead=dead,
+            ungraded=complete.count(False),
+            graded_waiting=complete.count(True),
+            collected=sum(state == b"collected" for state, _ in rows),
+            released=released,
+        )
+
+    def announce(self, event: str) -> None:
+        """A human-readable line for `events`, which keeps the last few thousand."""
+        self.client.xadd(self.keys.events, {"event": event}, maxlen=EVENTS_KEPT, approximate=True)
+
+    def _read(self, stream: str, group: str, consumer: str, start: str | bytes, count: int, block_ms: int | None) -> list:
+        def read() -> list:
+            return self.client.xreadgroup(group, consumer, {stream: start}, count=count, block=block_ms) or []
+
+        reply = self._with_streams(read)
+        return reply[0][1] if reply else []
+
+    def _with_streams(self, command):  # noqa: ANN001, ANN202
+        """Run a stream command; if Redis lost the streams, make them and run it again."""
+        try:
+            return command()
+        except redis.ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            self.ensure_streams()
+            return command()

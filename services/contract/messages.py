@@ -1,0 +1,201 @@
+"""What travels between the services: a question's group, a trajectory and its spans.
+
+Bodies are msgpack of these structs; nothing is ever unpickled. Invariants are checked when a struct is made or decoded:
+
+* spans tile ``response_ids`` with no gap, and kinds are only ``model`` and ``observation``;
+* ``len(logprobs) == len(response_ids)``; observed tokens carry log-prob 0;
+* every model token carries the policy version that the engine reported for it;
+* the loss mask is derived from the spans and stored nowhere.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Purpose = Literal["train", "eval"]
+Status = Literal["completed", "truncated", "aborted", "failed"]
+SpanKind = Literal["model", "observation"]
+
+
+class InvalidMessage(ValueError):
+    """A message breaks one of the invariants above."""
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the episodes of a group are played. Lengths are in tokens."""
+
+    temperature: float
+    top_p: float
+    max_turn_tokens: int
+    max_response_tokens: int
+    max_observation_tokens: int
+    max_searches: int
+    topk: int
+
+
+class Question(msgspec.Struct, frozen=True):
+    """One row of a question file. `source` names the kind of question, `id` is unique within it."""
+
+    id: str
+    source: str
+    question: str
+    golden_answers: list[str]
+
+    @property
+    def example_id(self) -> str:
+        return f"{self.source}:{self.id}"
+
+
+class PromptGroup(msgspec.Struct, frozen=True):
+    """One question to be sampled `samples` times: the unit that is fed, leased and trained on."""
+
+    group_id: str
+    purpose: Purpose
+    example_id: str
+    source: str
+    question: str
+    golden_answers: list[str]
+    prompt: list[dict[str, str]] | str
+    """Chat messages, rendered with the model's template, or plain text."""
+    samples: int
+    sampling: Sampling
+    issued_version: int
+    issued_at: float
+    """Unix seconds."""
+    deadline_s: float
+    attempt: int = 1
+
+    def trajectory_ids(self) -> list[str]:
+        return [f"{self.group_id}/{sample}" for sample in range(self.samples)]
+
+
+class VersionSpan(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens [start, end) of the response came from policy `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+class PassageRef(msgspec.Struct, frozen=True, array_like=True):
+    id: str
+    score: float
+
+
+class Span(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Tokens [start, end) of the response, written by the model or observed from the retriever."""
+
+    kind: SpanKind
+    start: int
+    end: int
+    text: str
+    versions: list[VersionSpan] = []
+    """Model spans: which policy wrote which tokens, tiling [start, end)."""
+    query: str | None = None
+    passages: list[PassageRef] = []
+    latency_s: float = 0.0
+
+
+class Trajectory(msgspec.Struct, omit_defaults=True):
+    """One finished episode. `response_ids` are the very tokens sampled and observed; they are never made from text again."""
+
+    id: str
+    group_id: str
+    prompt_ids: list[int]
+    response_ids: list[int]
+    logprobs: list[float]
+    spans: list[Span]
+    status: Status
+    stop_reason: str
+    """answered, no_answer, length, context, aborted (see services/rollout/episode.py)."""
+    temperature: float
+    answer: str | None = None
+    reward: float | None = None
+    """None until graded."""
+    reward_parts: dict[str, float] = {}
+    timings: dict[str, float] = {}
+    worker: str = ""
+    engine: str = ""
+    attempt: int = 1
+
+    def __post_init__(self) -> None:
+        check_trajectory(self)
+
+    @property
+    def loss_mask(self) -> list[int]:
+        """1 where the model wrote the token; as long as `response_ids`."""
+        return [int(span.kind == "model") for span in self.spans for _ in range(span.start, span.end)]
+
+    @property
+    def lowest_version(self) -> int:
+        """Of any model token; -1 if the model wrote none."""
+        return min((v.version for span in self.spans for v in span.versions), default=-1)
+
+    @property
+    def searches(self) -> int:
+        """Searches that the retriever answered."""
+        return sum(span.kind == "observation" and span.query is not None for span in self.spans)
+
+
+def check_trajectory(trajectory: Trajectory) -> None:
+    """Raise InvalidMessage when an invariant of the module's docstring does not hold."""
+    length = len(trajectory.response_ids)
+    if len(trajectory.logprobs) != length:
+        raise InvalidMessage(f"{trajectory.id}: {len(trajectory.logprobs)} log-probs for {length} response tokens")
+    if not _tiles([(span.start, span.end) for span in trajectory.spans], 0, length):
+        raise InvalidMessage(f"{trajectory.id}: spans do not tile the {length} response tokens")
+    for span in trajectory.spans:
+        if span.kind == "model":
+            if not _tiles([(v.start, v.end) for v in span.versions], span.start, span.end):
+                raise InvalidMessage(f"{trajectory.id}: versions do not tile the model tokens [{span.start}, {span.end})")
+        elif span.versions or any(trajectory.logprobs[span.start : span.end]):
+            raise InvalidMessage(f"{trajectory.id}: an observation carries versions or log-probs")
+
+
+def _tiles(ranges: list[tuple[int, int]], start: int, end: int) -> bool:
+    """Whether the ranges, none empty, cover [start, end) in order without gap or overlap."""
+    for low, high in ranges:
+        if low != start or high <= low:
+            return False
+        start = high
+    return start == end
+
+
+class GradedNotice(msgspec.Struct, frozen=True):
+    """An entry of the `graded` stream."""
+
+    trajectory_id: str
+    group_id: str
+    reward: float
+
+
+class DeadLetter(msgspec.Struct, frozen=True):
+    """A group that was given up: why, and after how many attempts."""
+
+    group_id: str
+    purpose: Purpose
+    reason: str
+    attempts: int
+
+
+class Segment(msgspec.Struct, frozen=True):
+    """A piece of a demonstration's response, tokenized on its own, as an episode would have made it."""
+
+    kind: SpanKind
+    text: str
+
+
+class Demonstration(msgspec.Struct, frozen=True):
+    """A worked example for the warm start: the prompt's question and the response as segments."""
+
+    example_id: str
+    question: str
+    segments: list[Segment]
+
+
+encode = msgspec.msgpack.Encoder().encode
+decode_group = msgspec.msgpack.Decoder(PromptGroup).decode
+decode_trajectory = msgspec.msgpack.Decoder(Trajectory).decode
+decode_dead = msgspec.msgpack.Decoder(DeadLetter).decode

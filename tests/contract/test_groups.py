@@ -1,0 +1,236 @@
+"""The life of a group, move by move, against a real Redis: each row of the table in services/contract/groups.py."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import redis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from services.contract.config import RedisConfig
+from services.contract.groups import GroupStore
+from services.contract.store import RedisAway, connect
+from tests.conftest import RedisServer
+from tests.factories import make_group, make_trajectory
+
+
+@pytest.fixture
+def store(redis_client: redis.Redis) -> GroupStore:
+    return GroupStore(redis_client, "test")
+
+
+def play(store: GroupStore, group_id: str = "t0", samples: int = 2) -> None:
+    """Feed, lease, store and finish one group."""
+    store.feed(make_group(group_id, samples))
+    (lease,) = store.lease("worker", 1, 10)
+    for sample in range(samples):
+        store.store(make_trajectory(group_id, sample))
+    assert store.finish(lease)
+
+
+def test_feeding_a_group_twice_leaves_one(store: GroupStore) -> None:
+    assert store.feed(make_group())
+    assert not store.feed(make_group())
+    assert store.accounts().waiting == 1
+
+
+def test_a_lease_goes_to_one_worker_only(store: GroupStore) -> None:
+    store.feed(make_group())
+    assert len(store.lease("a", 5, 10)) == 1
+    assert store.lease("b", 5, 10) == []
+    assert store.accounts().leased == 1
+
+
+def test_a_silent_worker_loses_its_group_and_a_refreshing_one_keeps_it(store: GroupStore) -> None:
+    store.feed(make_group("t0"))
+    store.feed(make_group("t1"))
+    first, second = store.lease("a", 2, 10)
+    deadline = threading.Event()
+    for _ in range(4):
+        deadline.wait(0.1)
+        assert store.refresh("a", [second]) == {second.entry_id}
+    claimed = store.claim("b", lease_s=0.3, count=5)
+    assert [lease.group.group_id for lease in claimed] == [first.group.group_id]
+    assert store.refresh("a", [first, second]) == {second.entry_id}
+    assert not store.hand_back(second) or store.accounts().leased == 1
+
+
+def test_the_first_stored_attempt_wins(store: GroupStore) -> None:
+    assert store.store(make_trajectory(answer="Paris"))
+    assert not store.store(make_trajectory(answer="Rome"))
+    assert store.load("t0/0").answer == "Paris"
+
+
+def test_missing_samples_are_those_not_stored(store: GroupStore) -> None:
+    group = make_group(samples=4)
+    store.store(make_trajectory(sample=2))
+    assert store.missing_samples(group) == [0, 1, 3]
+
+
+def test_grading_twice_announces_once(store: GroupStore) -> None:
+    store.store(make_trajectory())
+    trajectory = store.load("t0/0")
+    assert store.grade(trajectory, 1.0, {"exact_match": 1.0})
+    assert not store.grade(trajectory, 0.0, {})
+    assert not store.grade(store.load("t0/0"), 0.0, {})
+    assert [g.notice.reward for g in store.read_graded(10, 10)] == [1.0]
+    assert store.load("t0/0").reward_parts == {"exact_match": 1.0}
+
+
+def test_grading_what_was_released_does_nothing(store: GroupStore) -> None:
+    play(store)
+    trajectory = store.load("t0/0")
+    store.release("t0", ["t0/0", "t0/1"], [])
+    assert not store.grade(trajectory, 1.0, {})
+    assert store.load("t0/0") is None
+
+
+def test_a_group_is_tried_again_then_buried_with_its_reason(store: GroupStore) -> None:
+    store.feed(make_group())
+    attempts = []
+    for _ in range(3):
+        (lease,) = store.lease("a", 1, 10)
+        attempts.append(lease.group.attempt)
+        buried = store.fail(lease, "the retriever answers 500", max_attempts=3)
+    assert attempts == [1, 2, 3] and buried
+    (letter,) = store.read_dead()
+    assert (letter.group_id, letter.reason, letter.attempts) == ("t0", "the retriever answers 500", 3)
+    assert store.accounts().dead == 1
+    assert store.feed(make_group()), "a buried group may be fed again"
+
+
+def test_a_worker_that_lost_its_lease_cannot_move_the_group(store: GroupStore) -> None:
+    store.feed(make_group())
+    (lost,) = store.lease("a", 1, 10)
+    (lease,) = store.claim("b", lease_s=0, count=1)
+    assert store.finish(lease)
+    assert not store.finish(lost) and not store.hand_back(lost) and not store.bury(lost, "late")
+    assert store.accounts().finished == 1
+
+
+def test_an_unacknowledged_notice_is_read_again_by_the_next_trainer(store: GroupStore) -> None:
+    play(store)
+    store.grade(store.load("t0/0"), 1.0, {})
+    (notice,) = store.read_graded(10, 10)
+    assert store.read_graded(10, 10) == []
+    assert store.read_graded(10, 10, pending_after=b"0") == [notice]
+    store.release("t0", ["t0/0", "t0/1"], [notice.entry_id])
+    assert store.read_graded(10, 10, pending_after=b"0") == []
+
+
+def test_releasing_twice_counts_once_and_leaves_no_key(store: GroupStore) -> None:
+    play(store)
+    assert store.release("t0", ["t0/0", "t0/1"], [])
+    assert not store.release("t0", ["t0/0", "t0/1"], [])
+    assert store.accounts().released == 1
+    assert not [key for key in store.client.keys("*trajectory*")]
+
+
+def test_streams_lost_with_redis_are_made_again(store: GroupStore) -> None:
+    store.client.flushall()
+    assert store.lease("a", 1, 10) == []
+    assert store.feed(make_group())
+    assert len(store.lease("a", 1, 10)) == 1
+
+
+def test_a_redis_that_comes_back_in_time_is_waited_for(tmp_path) -> None:
+    server = RedisServer(tmp_path)
+    server.start()
+    store = GroupStore(connect(RedisConfig(url=server.url, retry_s=20)), "test")
+    store.feed(make_group())
+    server.kill()
+    threading.Timer(1.5, server.start).start()
+    assert store.accounts().fed == 1, "the append-only file kept the group"
+    server.kill()
+
+
+def test_a_redis_that_stays_away_is_one_clear_error() -> None:
+    with pytest.raises(RedisAway, match="has been away for 1 s"):
+        connect(RedisConfig(url="redis://127.0.0.1:1/0", retry_s=1)).ping()
+
+
+class Accounting(RuleBasedStateMachine):
+    """Any order of moves, by several workers, keeps every group accounted for."""
+
+    store: GroupStore
+
+    @initialize()
+    def begin(self) -> None:
+        self.store.client.flushall()
+        self.store.ensure_streams()
+        self.fed, self.leases, self.notices = 0, [], []
+
+    @rule(samples=st.integers(1, 3))
+    def feed(self, samples: int) -> None:
+        self.store.feed(make_group(f"t{self.fed}", samples))
+        self.fed += 1
+
+    @rule(worker=st.sampled_from("ab"))
+    def lease(self, worker: str) -> None:
+        self.leases += self.store.lease(worker, 1, None)
+
+    @rule(worker=st.sampled_from("ab"))
+    def claim(self, worker: str) -> None:
+        self.leases += self.store.claim(worker, 0, 1)
+
+    @rule(pick=st.integers(0, 9))
+    def play_a_sample(self, pick: int) -> None:
+        if self.leases:
+            group = self.leases[pick % len(self.leases)].group
+            for sample in self.store.missing_samples(group)[:1]:
+                self.store.store(make_trajectory(group.group_id, sample))
+
+    @rule(pick=st.integers(0, 9))
+    def finish(self, pick: int) -> None:
+        if self.leases:
+            lease = self.leases[pick % len(self.leases)]
+            if not self.store.missing_samples(lease.group):
+                self.store.finish(lease)
+
+    @rule(pick=st.integers(0, 9), how=st.sampled_from(["fail", "hand_back"]))
+    def give_up(self, pick: int, how: str) -> None:
+        if self.leases:
+            lease = self.leases[pick % len(self.leases)]
+            self.store.fail(lease, "x", 2) if how == "fail" else self.store.hand_back(lease)
+
+    @rule()
+    def grade(self) -> None:
+        for key in self.store.client.keys("*trajectory*"):
+            trajectory = self.store.load(key.decode().split("trajectory:")[1])
+            if trajectory.reward is None:
+                self.store.grade(trajectory, 1.0, {})
+                return
+
+    @rule()
+    def collect_and_release(self) -> None:
+        self.notices += self.store.read_graded(50, None)
+        for lease in self.leases:
+            ids = lease.group.trajectory_ids()
+            mine = [n for n in self.notices if n.notice.group_id == lease.group.group_id]
+            if len(mine) == len(ids) and not self.store.missing_samples(lease.group):
+                self.store.release(lease.group.group_id, ids, [n.entry_id for n in mine])
+                return
+
+    @invariant()
+    def every_group_is_somewhere(self) -> None:
+        accounts = self.store.accounts()
+        accounts.check()
+        assert accounts.fed == self.fed
+
+
+def test_every_group_is_accounted_for_under_any_order_of_moves(store: GroupStore) -> None:
+    machine = type("Machine", (Accounting,), {"store": store}).TestCase
+    machine.settings = settings(max_examples=25, stateful_step_count=30, deadline=None, derandomize=True)
+    machine("runTest").runTest()
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(prefix=st.text(min_size=1, max_size=8))
+def test_runs_with_different_names_share_nothing(redis_client: redis.Redis, prefix: str) -> None:
+    redis_client.flushall()
+    one, other = GroupStore(redis_client, "a" + prefix.encode().hex()), GroupStore(redis_client, "b")
+    one.feed(make_group())
+    assert other.lease("w", 1, None) == [] and other.accounts().fed == 0
