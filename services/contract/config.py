@@ -140,11 +140,16 @@ class RetrieverConfig(Section):
     queue_size: Positive = 2048
     """Queries waiting at most; beyond it requests are answered 503 with Retry-After."""
     threads: Positive = 1
+    """Of the service while it answers."""
+    index_threads: Annotated[int, Field(ge=0)] = 0
+    """While the index is built; 0 takes every core this process may use."""
+    index_checkpoint_s: Annotated[float, Field(ge=0)] = 10.0
+    """A build that is killed loses at most so much encoding."""
     cache_size: Annotated[int, Field(ge=0)] = 20_000
     """Answers kept, by (query, topk)."""
 
     @model_validator(mode="after")
-    def _topk_within_limit(self) -> RetrieverConfig:
+    def _within_limits(self) -> RetrieverConfig:
         if self.topk > self.max_topk:
             raise ValueError(
                 f"retriever.topk {self.topk} is above retriever.max_topk {self.max_topk}: lower one or raise the other"
@@ -218,6 +223,12 @@ class RewardConfig(Section):
     def _limits_in_order(self) -> RewardConfig:
         if self.soft_time_limit_s >= self.time_limit_s:
             raise ValueError("reward.soft_time_limit_s must be below reward.time_limit_s")
+        return self
+
+    @model_validator(mode="after")
+    def _right_pays_more(self) -> RewardConfig:
+        if self.format_bonus >= self.correct:
+            raise ValueError("reward.format_bonus must be below reward.correct, or a wrong answer pays as well as a right one")
         return self
 
 

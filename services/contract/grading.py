@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 from celery import Celery
 
 from services.contract.config import Config
 from services.contract.store import broker_url
 
 GRADE_TASK = "forage.grade"
+RESTORE_EVERY_S = 5
+"""How often a worker looks for messages whose worker has died."""
 
 
 def grading_queue(run: str) -> str:
@@ -17,7 +21,8 @@ def grading_queue(run: str) -> str:
 def grading_app(config: Config) -> Celery:
     """A Celery app on its own Redis database: JSON only, tasks acknowledged late and re-delivered when a worker dies.
 
-    There is no result backend: the reward is written onto the trajectory.
+    There is no result backend: the reward is written onto the trajectory. Both senders and graders wait about
+    `redis.retry_s` for a broker that is away.
     """
     app = Celery("forage", broker=broker_url(config))
     app.conf.update(
@@ -25,17 +30,44 @@ def grading_app(config: Config) -> Celery:
         accept_content=["json"],
         task_ignore_result=True,
         task_acks_late=True,
+        task_acks_on_timeout=False,
         task_reject_on_worker_lost=True,
+        task_publish_retry_policy={
+            "max_retries": int(config.redis.retry_s),
+            "interval_start": 0.2,
+            "interval_step": 0.2,
+            "interval_max": 1,
+        },
         worker_prefetch_multiplier=1,
+        worker_enable_remote_control=False,
+        worker_proc_alive_timeout=60,
+        worker_hijack_root_logger=False,
         task_soft_time_limit=config.reward.soft_time_limit_s,
         task_time_limit=config.reward.time_limit_s,
         task_default_queue=grading_queue(config.run.name),
         task_create_missing_queues=True,
         broker_connection_retry_on_startup=True,
-        broker_transport_options={"visibility_timeout": max(60, 4 * int(config.reward.time_limit_s))},
-        worker_hijack_root_logger=False,
+        broker_connection_max_retries=_reconnections(config.redis.retry_s),
+        broker_transport_options={
+            # With a prefetch of one, a message is in hand no longer than one task may take.
+            "visibility_timeout": math.ceil(2 * config.reward.time_limit_s),
+            "unacked_restore_interval": RESTORE_EVERY_S,
+            "unacked_restore_throttle": 1,
+            "unacked_mutex_expire": 30,
+            "socket_connect_timeout": 5,
+            "socket_keepalive": True,
+        },
     )
     return app
+
+
+def _reconnections(seconds: float) -> int:
+    """How many of kombu's attempts, 2, 4, 6 … and then always 30 s apart, fill that many seconds."""
+    attempts, waited = 0, 0.0
+    while waited < seconds:
+        attempts += 1
+        waited += min(2 * attempts, 30)
+    return attempts
 
 
 def send_for_grading(app: Celery, trajectory_id: str) -> None:

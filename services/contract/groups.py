@@ -200,7 +200,9 @@ class GroupStore:
 
     def store(self, trajectory: Trajectory) -> bool:
         """Keep a finished trajectory. False: another attempt was first; this one is discarded."""
-        return bool(self.client.set(self.keys.trajectory(trajectory.id), encode(trajectory), nx=True))
+        # Read back before it is kept: `grade` compares bytes, and an int where a float belongs would come back as other bytes.
+        body = encode(decode_trajectory(encode(trajectory)))
+        return bool(self.client.set(self.keys.trajectory(trajectory.id), body, nx=True))
 
     def missing_samples(self, group: PromptGroup) -> list[int]:
         """Which samples of the group have no stored trajectory yet."""

@@ -111,6 +111,11 @@ class Trajectory(msgspec.Struct, omit_defaults=True):
     stop_reason: str
     """answered, no_answer, length, context, aborted (see services/rollout/episode.py)."""
     temperature: float
+    question: str = ""
+    source: str = ""
+    """The kind of question, as in its group."""
+    golden_answers: list[str] = []
+    """The group's, carried along: its body is deleted once all samples are stored, before the grader needs them."""
     answer: str | None = None
     reward: float | None = None
     """None until graded."""

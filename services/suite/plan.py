@@ -1,0 +1,92 @@
+"""Which processes make a suite, what each waits for, and how one knows that it is ready. The same plan as docker-compose.yml."""
+
+from __future__ import annotations
+
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import redis
+
+from services.contract.config import Config
+from services.contract.redis_binary import redis_binary
+from services.contract.telemetry import check_heartbeat
+
+HEARTBEAT_MAX_AGE_S = 900.0
+"""A training step on a laptop takes minutes; a loop that has been silent for longer is stuck."""
+
+
+@dataclass(frozen=True)
+class Service:
+    name: str
+    command: list[str]
+    after: tuple[str, ...] = ()
+    """Names of services that must be ready, or done if they are one-shots, before this one starts."""
+    one_shot: bool = False
+    final: bool = False
+    """When this one exits with 0 the suite is done."""
+    is_ready: Callable[[], bool] | None = None
+    grace_s: float = 30.0
+    """Between SIGTERM and SIGKILL."""
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def make_plan(config: Config, config_path: str, folder: Path, redis_port: int, rollouts: int) -> list[Service]:
+    """The services in the order in which they start; stopped in the reverse order."""
+
+    def python(name: str, module: str, *arguments: str, after: tuple[str, ...], **options: object) -> Service:
+        heartbeat = folder / f"{name}.heartbeat"
+        options.setdefault("is_ready", lambda: _beats(heartbeat))
+        environment = {"FORAGE_HEARTBEAT_FILE": str(heartbeat)}
+        command = [sys.executable, "-m", f"services.{module}", *arguments, "--config", config_path]
+        return Service(name, command, after, environment=environment, **options)  # type: ignore[arg-type]
+
+    workers = [f"rollout-{i}" if rollouts > 1 else "rollout" for i in range(1, rollouts + 1)]
+    services = [
+        _redis(folder / "redis", redis_port),
+        python("prepare", "prepare", "assets", after=(), one_shot=True),
+        python("index", "retriever", "index", after=("prepare",), one_shot=True),
+        python("retriever", "retriever", "serve", after=("index",), is_ready=lambda: _answers(f"{config.retriever.url}/ready")),
+        python("reward", "reward", after=("redis",)),
+        *[python(name, "rollout", after=("redis", "retriever"), grace_s=config.rollout.shutdown_grace_s + 15) for name in workers],
+    ]
+    if config.trainer.warm_start.epochs:
+        services.append(python("demonstrations", "prepare", "demonstrations", after=("retriever",), one_shot=True))
+    waits = ("redis", *(["demonstrations"] if config.trainer.warm_start.epochs else ["prepare"]))
+    return [*services, python("trainer", "trainer", after=waits, final=True, grace_s=300)]
+
+
+def _redis(folder: Path, port: int) -> Service:
+    folder.mkdir(parents=True, exist_ok=True)
+    options = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--appendonly", "yes", "--save", ""]
+    options += ["--maxmemory-policy", "noeviction", "--loglevel", "warning"]
+    return Service("redis", [redis_binary(), *options], is_ready=lambda: _pings(port))
+
+
+def _pings(port: int) -> bool:
+    client = redis.Redis(port=port, socket_timeout=2)
+    try:
+        return bool(client.ping())
+    except redis.RedisError:
+        return False
+    finally:
+        client.close()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as reply:
+            return reply.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _beats(heartbeat: Path) -> bool:
+    try:
+        check_heartbeat(heartbeat, HEARTBEAT_MAX_AGE_S)
+    except RuntimeError:
+        return False
+    return True

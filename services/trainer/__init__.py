@@ -1,0 +1,1 @@
+"""Megatron GRPO: graded groups in, policy versions out."""

@@ -1,0 +1,116 @@
+"""Graded trajectories become whole groups. Nothing read here is acknowledged: that is `release`, after a durable checkpoint.
+
+What a former trainer had read and not released is read again first. Groups are handed out whole, in the order of their ids,
+so that the same trajectories make the same batch. A group that was given up (`dead`) is reported instead of waited for.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+import msgspec
+
+from services.contract.groups import Graded, GroupStore
+from services.contract.messages import DeadLetter, Trajectory
+
+logger = logging.getLogger("trainer")
+
+READ_COUNT = 512
+BLOCK_MS = 500
+
+
+class CollectTimeout(Exception):
+    """No group finished for `trainer.collect_timeout_s` seconds. The message says where the groups are."""
+
+
+class CompleteGroup(msgspec.Struct, frozen=True):
+    """All samples of one question, graded."""
+
+    group_id: str
+    trajectories: list[Trajectory]
+    """In sample order."""
+    entry_ids: list[bytes]
+
+    @property
+    def rewards(self) -> list[float]:
+        return [trajectory.reward or 0.0 for trajectory in self.trajectories]
+
+    def staleness(self, version: int) -> int:
+        """How many versions the oldest model token lags behind `version`; 0 if the model wrote nothing."""
+        lowest = [t.lowest_version for t in self.trajectories if t.lowest_version >= 0]
+        return version - min(lowest, default=version)
+
+
+class Collector:
+    """Reads the `graded` stream and keeps what it read by group."""
+
+    def __init__(self, store: GroupStore, timeout_s: float, check_stop: Callable[[], None]) -> None:
+        self.store, self.timeout_s, self.check_stop = store, timeout_s, check_stop
+        self._notices: dict[str, dict[str, Graded]] = defaultdict(dict)
+        self._read_pending()
+
+    def wait(
+        self, size: Callable[[str], int | None], count: int, progress: Callable[[int], None] | None = None
+    ) -> tuple[list[CompleteGroup], list[DeadLetter]]:
+        """`count` groups, finished or dead, of those whose `size(group_id)` says how many samples they have; None: not now.
+
+        Raises CollectTimeout.
+        """
+        dead: list[DeadLetter] = []
+        heard = time.monotonic()
+        while True:
+            ready = [g for g, notices in self._notices.items() if (n := size(g)) is not None and len(notices) >= n]
+            if len(ready) + len(dead) >= count:
+                return self._take(sorted(ready)[: count - len(dead)]), dead
+            self.check_stop()
+            fresh = self.store.read_graded(READ_COUNT, BLOCK_MS)
+            letters = [letter for letter in self.store.read_dead() if size(letter.group_id) is not None]
+            dead += letters
+            self._keep(fresh)
+            if fresh or letters:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > self.timeout_s:
+                raise CollectTimeout(self._report())
+            if progress:
+                progress(len(ready) + len(dead))
+
+    def discard(self, keep: Callable[[str], bool]) -> None:
+        """Release groups that nobody will ask for: those of an evaluation that was over, or consumed before a crash."""
+        for group_id in [g for g in self._notices if not keep(g)]:
+            notices = self._notices.pop(group_id)
+            self.store.release(group_id, list(notices), [n.entry_id for n in notices.values()])
+
+    def _take(self, group_ids: list[str]) -> list[CompleteGroup]:
+        return [group for group_id in group_ids if (group := self._load(group_id))]
+
+    def _load(self, group_id: str) -> CompleteGroup | None:
+        notices = self._notices.pop(group_id)
+        ids = sorted(notices, key=lambda i: int(i.rpartition("/")[2]))
+        trajectories = self.store.load_many(ids)
+        whole = [t for t in trajectories if t is not None]
+        entry_ids = [notices[i].entry_id for i in ids]
+        if len(whole) < len(trajectories):
+            logger.warning("group %s lost a trajectory in Redis: it will be fed again", group_id)
+            self.store.release(group_id, ids, entry_ids)
+            return None
+        self.store.mark_collected(group_id)
+        return CompleteGroup(group_id, whole, entry_ids)
+
+    def _read_pending(self) -> None:
+        after = b"0"
+        while batch := self.store.read_graded(READ_COUNT, BLOCK_MS, pending_after=after):
+            self._keep(batch)
+            after = batch[-1].entry_id
+
+    def _keep(self, notices: list[Graded]) -> None:
+        for graded in notices:
+            self._notices[graded.notice.group_id][graded.notice.trajectory_id] = graded
+
+    def _report(self) -> str:
+        return (
+            f"no trajectory was graded for {self.timeout_s:.0f} s; groups: {self.store.accounts()}. "
+            "Waiting groups need a rollout worker, leased ones are being played, ungraded ones need a reward worker."
+        )

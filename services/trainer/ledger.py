@@ -1,0 +1,105 @@
+"""What a checkpoint says about itself, beside the model and the optimizer: how far the run is and what it has consumed.
+
+A checkpoint is published like a policy version (written whole, manifest last, one rename), so a torn one is recognised and
+the one before it is used. Groups are acknowledged in Redis only after the checkpoint that contains them is durable: what the
+ledger lists as consumed is never trained again, what it does not list is served again.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from services.contract.weights import WeightsError, collect_garbage, publish, published_versions, verify, version_folder
+
+logger = logging.getLogger("trainer")
+
+LEDGER_FILE = "ledger.json"
+Stage = Literal["evaluate_start", "warm_start", "evaluate_warm", "grpo", "evaluate_final", "done"]
+STAGES: tuple[Stage, ...] = ("evaluate_start", "warm_start", "evaluate_warm", "grpo", "evaluate_final", "done")
+
+
+class Evaluation(msgspec.Struct, frozen=True):
+    """Scores of one policy on the held-out questions; shares between 0 and 1."""
+
+    label: str
+    version: int
+    step: int
+    questions: int
+    exact_match: float
+    format: float
+    searches: float
+    """Per question."""
+    answered: float
+    """Share that ends in an answer after at least one search."""
+    by_source: dict[str, dict[str, float]]
+    """The same figures for every kind of question."""
+    seconds: float
+
+
+class Ledger(msgspec.Struct):
+    stage: Stage = "evaluate_start"
+    warm_step: int = 0
+    """Optimizer steps of the warm start."""
+    step: int = 0
+    """Optimizer steps of GRPO."""
+    version: int = 0
+    """The policy version that was published last."""
+    unpublished: bool = False
+    """The weights have moved on since `version`."""
+    next_index: int = 0
+    """Every training question before this one is consumed (an index counts on through the epochs)."""
+    consumed_beyond: list[int] = []
+    """Consumed ones at or after `next_index`, sorted."""
+    evaluations: list[Evaluation] = []
+
+    def is_consumed(self, index: int) -> bool:
+        return index < self.next_index or index in self.consumed_beyond
+
+    def consume(self, indices: list[int]) -> None:
+        """Count these training questions as done."""
+        beyond = set(self.consumed_beyond) | {i for i in indices if i >= self.next_index}
+        while self.next_index in beyond:
+            beyond.remove(self.next_index)
+            self.next_index += 1
+        self.consumed_beyond = sorted(beyond)
+
+    def finish_stage(self, stage: Stage) -> None:
+        self.stage = STAGES[STAGES.index(stage) + 1]
+
+    def evaluation(self, label: str) -> Evaluation | None:
+        return next((e for e in self.evaluations if e.label == label), None)
+
+
+class Checkpoints:
+    """The checkpoints of one run, numbered by a serial that only rises."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def save(self, ledger: Ledger, move_state_in: Path) -> Path:
+        """Publish the state that lies in `move_state_in` together with the ledger. Only the lead calls this."""
+        serial = (published_versions(self.folder) or [0])[-1] + 1
+
+        def write(folder: Path) -> None:
+            for path in sorted(move_state_in.iterdir()):
+                path.rename(folder / path.name)
+            (folder / LEDGER_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(ledger)))
+
+        path = publish(self.folder, serial, serial - 1, write)
+        collect_garbage(self.folder, self.keep, in_use=())
+        return path
+
+    def latest(self) -> tuple[Path, Ledger] | None:
+        """The newest checkpoint that is whole; a damaged one is told about and passed over."""
+        for serial in reversed(published_versions(self.folder)):
+            path = version_folder(self.folder, serial)
+            try:
+                verify(path)
+                return path, msgspec.json.decode((path / LEDGER_FILE).read_bytes(), type=Ledger)
+            except (WeightsError, OSError, msgspec.DecodeError) as error:
+                logger.warning("checkpoint %s is damaged (%s): using the one before it", path.name, error)
+        return None

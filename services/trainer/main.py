@@ -1,0 +1,147 @@
+"""The trainer: feed, collect, learn, publish, record. Read `train` first; it is the algorithm.
+
+| stage           | what is done                                         | on a restart in the middle                        |
+|-----------------|------------------------------------------------------|---------------------------------------------------|
+| evaluate_start  | score the starting policy                            | asked again; answers that had come are kept       |
+| warm_start      | supervised steps on demonstrations, publish          | goes on from the last checkpoint, same order      |
+| evaluate_warm   | score it                                             | as above                                          |
+| grpo            | steps of GRPO, each publishing a policy version      | goes on from the last checkpoint                  |
+| evaluate_final  | score the result, write the final model              | as above                                          |
+| done            | print the table                                      | prints it again                                   |
+
+Every rank runs the same lines; what touches Redis or files happens on the lead (`on_lead`).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+
+from services.contract.telemetry import format_seconds
+from services.trainer.collect import CompleteGroup
+from services.trainer.demonstrations import batches, demonstration_row, read_demonstrations
+from services.trainer.ledger import STAGES, Stage
+from services.trainer.megatron.loss import GrpoLoss, SupervisedLoss
+from services.trainer.metrics import rollout_metrics, step_line
+from services.trainer.objective.advantages import group_advantages
+from services.trainer.rows import mismatch_figures, no_advantage, policy_rows, with_reference
+from services.trainer.run import Run
+
+logger = logging.getLogger("trainer")
+
+
+def train(run: Run) -> None:
+    """All stages that the ledger does not list as done. Raises StopRequested after saving when asked to stop."""
+    run.make_current()
+    for stage in STAGES[STAGES.index(run.ledger.stage) :]:
+        run.beat(f"ready: {stage}")
+        STAGE_WORK[stage](run)
+        if stage != "done":
+            run.ledger.finish_stage(stage)
+            run.checkpoint()
+
+
+def evaluate_start(run: Run) -> None:
+    run.evaluate("start")
+
+
+def warm_start(run: Run) -> None:
+    """Supervised steps on the model's segments of the demonstrations; one policy version at the end."""
+    settings = run.config.trainer.warm_start
+    if not settings.epochs:
+        return
+    rows = [demonstration_row(run.config, run.tokenizer, d) for d in read_demonstrations(run.config.data.demonstrations_path)]
+    todo = batches(rows, settings.batch_size, settings.epochs, run.config.run.seed)
+    for batch in todo[run.ledger.warm_step :]:
+        step, started = run.ledger.warm_step + 1, time.monotonic()
+        stats = run.learner.train_step(batch, SupervisedLoss(), _warmed_up(settings.learning_rate, step, settings.warmup_steps))
+        run.ledger.warm_step, run.ledger.unpublished = step, True
+        stats["seconds"] = time.monotonic() - started
+        left = format_seconds((len(todo) - step) * stats["seconds"])
+        run.record("warm_start", step, stats)
+        run.say(f"warm start {step}/{len(todo)}  loss {stats['loss']:.3f}  grad {stats['grad_norm']:.2f}  ETA {left}")
+        if step % run.config.trainer.checkpoint_every == 0 and step < len(todo):
+            run.checkpoint()
+        run.check_stop()
+    run.publish()
+    run.keep_reference()
+
+
+def evaluate_warm(run: Run) -> None:
+    if run.config.trainer.warm_start.epochs:
+        run.evaluate("warm")
+
+
+def grpo(run: Run) -> None:
+    """Group-relative policy optimisation (Shao et al. 2024), one optimizer step a batch."""
+    settings = run.config.trainer
+    run.load_reference()
+    while run.ledger.step < settings.steps:
+        begun = time.monotonic()
+        groups = run.next_batch()
+        collected = time.monotonic()
+        row = rollout_metrics(groups, run.ledger.version)
+        row |= learn(run, groups)
+        learned = time.monotonic()
+        run.publish()
+        published = time.monotonic()
+        row |= {"rollout_s": collected - begun, "train_s": learned - collected, "publish_s": published - learned}
+        row |= {"seconds": published - begun, "tokens_per_s": row["model_tokens_total"] / (published - begun)}
+        record_step(run, groups, row)
+
+
+def learn(run: Run, groups: list[CompleteGroup]) -> dict[str, float]:
+    """One optimizer step on a batch of groups; returns the learner's figures."""
+    settings = run.config.trainer
+    rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
+    rows = policy_rows(groups, group_advantages(rewards, settings.objective.advantage).tolist())
+    if settings.objective.kl_coef:
+        rows = with_reference(rows, run.learner.reference_logprobs(rows))
+    step = run.ledger.step + 1
+    gap = mismatch_figures(run.learner, rows) if no_advantage(rows) else {}
+    rate = _warmed_up(settings.learning_rate, step, settings.warmup_steps)
+    stats = gap | run.learner.train_step(rows, GrpoLoss(settings.objective), rate)
+    run.consume(groups, step)
+    return stats | {"learning_rate": rate}
+
+
+def record_step(run: Run, groups: list[CompleteGroup], row: dict[str, float]) -> None:
+    """Tell about the step, and make it durable when a checkpoint is due."""
+    step, settings = run.ledger.step, run.config.trainer
+    row |= {"version": run.ledger.version, **run.flow_figures()}
+    run.record("grpo", step, row)
+    run.keep_transcripts(step, groups)
+    run.say(step_line(step, settings.steps, row))
+    if settings.eval_every and step % settings.eval_every == 0 and step < settings.steps:
+        run.evaluate(f"step{step}")
+    if step % settings.checkpoint_every == 0 or step == settings.steps:
+        run.checkpoint()
+    run.check_stop()
+
+
+def evaluate_final(run: Run) -> None:
+    if run.config.trainer.steps:
+        run.evaluate("grpo")
+    run.write_final_model()
+
+
+def done(run: Run) -> None:
+    run.print_results()
+
+
+def _warmed_up(rate: float, step: int, warmup_steps: int) -> float:
+    """Linear warm-up over the first `warmup_steps` steps (counted from 1), then constant."""
+    return rate * min(1.0, step / (warmup_steps + 1))
+
+
+STAGE_WORK: dict[Stage, Callable[[Run], None]] = {
+    "evaluate_start": evaluate_start,
+    "warm_start": warm_start,
+    "evaluate_warm": evaluate_warm,
+    "grpo": grpo,
+    "evaluate_final": evaluate_final,
+    "done": done,
+}

@@ -1,0 +1,249 @@
+"""One run's parts, put together: the learner on every rank; Redis, the volume and the journal on the lead.
+
+`Run` offers the steps that `main` is written in. Each method may be called on every rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from transformers import AutoTokenizer
+
+from services.contract.config import Config
+from services.contract.groups import GroupStore
+from services.contract.policy import PolicyBoard
+from services.contract.store import connect
+from services.contract.telemetry import Heartbeat
+from services.contract.weights import version_folder
+from services.trainer.batch import Batches
+from services.trainer.collect import Collector, CompleteGroup
+from services.trainer.evaluate import Evaluator
+from services.trainer.ledger import Checkpoints, Ledger
+from services.trainer.megatron.learner import Learner
+from services.trainer.metrics import Journal
+from services.trainer.publish import Publisher, write_hf_folder
+from services.trainer.questions import TrainingOrder, read_questions, stratified
+from services.trainer.ranks import StopRequested, is_lead, on_lead
+from services.trainer.report import results_table
+from services.trainer.transcripts import write_transcripts
+
+logger = logging.getLogger("trainer")
+
+
+class StopFlag:
+    """Set by SIGTERM or Ctrl-C; looked at wherever the lead waits and between steps."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def install(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._event.set())
+
+    def check(self) -> None:
+        if self._event.is_set():
+            raise StopRequested
+
+
+class Lead:
+    """What only the lead has: the streams, the policy board, the journal."""
+
+    def __init__(self, config: Config, ledger: Ledger, check_stop: Callable[[], None]) -> None:
+        client = connect(config.redis)
+        self.store = GroupStore(client, config.run.name)
+        self.journal = Journal(config.run.folder, ledger.warm_step, ledger.step)
+        self.publisher = Publisher(config, PolicyBoard(client, config.run.name), check_stop)
+        collector = Collector(self.store, config.trainer.collect_timeout_s, check_stop)
+        order = TrainingOrder(read_questions(config.data.train_path), config.run.seed)
+        self.batches = Batches(config, self.store, collector, order, ledger)
+        self.batches.forget_consumed()
+        held_out = stratified(read_questions(config.data.eval_path), config.trainer.eval_questions, config.run.seed)
+        self.evaluator = Evaluator(config, self.store, collector, held_out, config.run.folder / "evaluations")
+
+
+class Run:
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.folder = config.run.folder
+        self.stop = StopFlag()
+        self.stop.install()
+        self.tokenizer = AutoTokenizer.from_pretrained(config.model_path)
+        self.learner = Learner(config, config.model_path)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.trainer.keep_checkpoints)
+        self.ledger = self._restore()
+        self.lead = Lead(config, self.ledger, self._alive_or_stop) if is_lead() else None
+        self._heartbeat = Heartbeat.from_environment() if is_lead() else Heartbeat(None)
+        self._state = "starting"
+        self._unreleased: list[CompleteGroup] = []
+        self._saved = _progress(self.ledger)
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def _restore(self) -> Ledger:
+        """The newest whole checkpoint, or a fresh start."""
+        found = on_lead(self.checkpoints.latest)
+        if found is None:
+            return Ledger()
+        path, ledger = found
+        self.learner.load(path)
+        self.say(f"resumed from {path.name}: stage {ledger.stage}, warm start {ledger.warm_step}, step {ledger.step}")
+        return ledger
+
+    def checkpoint(self) -> None:
+        """Make everything learned so far durable; only then acknowledge the groups that it contains."""
+        scratch = self.checkpoints.folder / ".state"
+        on_lead(lambda: _empty_folder(scratch))
+        self.learner.save(scratch)
+        on_lead(lambda: self._publish_checkpoint(scratch))
+        self._unreleased.clear()
+        self._saved = _progress(self.ledger)
+
+    def save_before_leaving(self) -> None:
+        """Steps since the last checkpoint are kept. Weights and ledger agree wherever a stop is noticed."""
+        if self._saved != _progress(self.ledger):
+            self.checkpoint()
+
+    def _publish_checkpoint(self, scratch: Path) -> None:
+        assert self.lead
+        self.checkpoints.save(self.ledger, scratch)
+        self.lead.batches.release(self._unreleased)
+
+    def consume(self, groups: list[CompleteGroup], step: int) -> None:
+        """Optimizer step `step` has learned from these groups. They stay unacknowledged until the next checkpoint."""
+        self.ledger.step, self.ledger.unpublished = step, True
+        if self.lead:
+            self.lead.batches.consume(groups)
+            self._unreleased += groups
+
+    # -- the policy ----------------------------------------------------------------------------------------------------
+
+    def make_current(self) -> None:
+        """Engines must serve the weights of the ledger. After a crash these get a number above all that were published."""
+        if self.ledger.version == 0 and self.ledger.stage in ("evaluate_start", "warm_start"):
+            on_lead(lambda: self._lead.publisher.announce_start())
+        elif self.ledger.unpublished or not on_lead(lambda: self._lead.publisher.serves(self.ledger.version)):
+            self.publish()
+
+    def publish(self) -> None:
+        """Give the present weights the next version number and wait until the engines may use it."""
+        parent = self.ledger.version
+        version = on_lead(lambda: self._lead.publisher.next_version())
+        tensors = self.learner.export()
+        on_lead_with_ranks(
+            lambda: self._lead.publisher.publish(version, parent, lambda folder: self._write(folder, tensors)), tensors
+        )
+        self.ledger.version, self.ledger.unpublished = version, False
+
+    def _write(self, folder: Path, tensors: Any) -> None:
+        write_hf_folder(folder, self.config.model_path, tensors, self.config.weights.dtype)
+
+    def keep_reference(self) -> None:
+        """The policy that GRPO starts from is the one it is held close to; later versions replace it on the volume."""
+        if self.config.trainer.objective.kl_coef:
+            on_lead(lambda: self._copy_version(self.folder / "reference"))
+
+    def load_reference(self) -> None:
+        if self.config.trainer.objective.kl_coef:
+            kept = self.folder / "reference"
+            self.learner.set_reference(kept if kept.exists() else self.config.model_path)
+
+    def write_final_model(self) -> None:
+        """The last version as `<run folder>/final`, a Hugging Face folder."""
+        on_lead(lambda: self._copy_version(self.folder / "final"))
+
+    def _copy_version(self, target: Path) -> None:
+        source = version_folder(self.config.weights_folder, self.ledger.version)
+        source = source if source.exists() else self.config.model_path
+        temporary = target.with_name(f".{target.name}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("manifest.json"))
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+
+    # -- groups and scores ---------------------------------------------------------------------------------------------
+
+    def next_batch(self) -> list[CompleteGroup]:
+        return on_lead(lambda: self._lead.batches.next_batch())
+
+    def evaluate(self, label: str) -> None:
+        """Score the present policy and keep the scores in the ledger."""
+        evaluation = on_lead(lambda: self._lead.evaluator.evaluate(label, self.ledger.version, self.ledger.step))
+        self.ledger.evaluations = [e for e in self.ledger.evaluations if e.label != label] + [evaluation]
+        self.say(
+            f"evaluation ({label}): EM {evaluation.exact_match:.1%}  format {evaluation.format:.1%}  "
+            f"searches {evaluation.searches:.2f}  searched and answered {evaluation.answered:.1%}  "
+            f"of {evaluation.questions} held-out questions in {evaluation.seconds:.0f} s"
+        )
+        figures = {name: getattr(evaluation, name) for name in ("exact_match", "format", "searches", "answered", "seconds")}
+        self.record("evaluation", self.ledger.step, {"label": label, **figures})
+
+    def flow_figures(self) -> dict[str, float]:
+        return on_lead(lambda: self._lead.batches.figures())
+
+    # -- telling -------------------------------------------------------------------------------------------------------
+
+    def say(self, line: str) -> None:
+        if is_lead():
+            logger.info(line)
+
+    def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        if self.lead:
+            self.lead.journal.record(kind, step, values)
+
+    def keep_transcripts(self, step: int, groups: list[CompleteGroup]) -> None:
+        if self.lead:
+            write_transcripts(self.folder / "transcripts" / f"step{step:06d}.jsonl", groups)
+
+    def print_results(self) -> None:
+        if not is_lead():
+            return
+        table = results_table(self.ledger.evaluations)
+        (self.folder / "results.md").write_text(table + "\n")
+        print(f"\n{table}\n\nfinal model: {self.folder / 'final'}", flush=True)
+
+    def beat(self, state: str | None = None) -> None:
+        """Sign of life for the health check."""
+        self._state = state or self._state
+        self._heartbeat.beat(self._state)
+
+    # -- stopping ------------------------------------------------------------------------------------------------------
+
+    def check_stop(self) -> None:
+        """Raise StopRequested on every rank when the lead was asked to stop."""
+        on_lead(self._alive_or_stop)
+
+    def _alive_or_stop(self) -> None:
+        self.beat()
+        self.stop.check()
+
+    @property
+    def _lead(self) -> Lead:
+        assert self.lead is not None, "only the lead may do this"
+        return self.lead
+
+
+def on_lead_with_ranks(work: Callable[[], Any], tensors: Any) -> None:
+    """Run `work`, which reads `tensors` to the end, on the lead; the other ranks read along, since gathering takes them all."""
+    if is_lead():
+        work()
+    else:
+        for _ in tensors:
+            pass
+    if dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def _progress(ledger: Ledger) -> tuple[str, int, int]:
+    return ledger.stage, ledger.warm_step, ledger.step
+
+
+def _empty_folder(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)

@@ -1,0 +1,33 @@
+"""Trajectories as people read them: who said what, what it earned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from services.contract.messages import Trajectory
+from services.trainer.collect import CompleteGroup
+
+
+def transcript_row(trajectory: Trajectory) -> dict[str, Any]:
+    """One trajectory without token ids."""
+    return {
+        "id": trajectory.id,
+        "source": trajectory.source,
+        "question": trajectory.question,
+        "golden_answers": trajectory.golden_answers,
+        "answer": trajectory.answer,
+        "reward": trajectory.reward,
+        "parts": trajectory.reward_parts,
+        "stop_reason": trajectory.stop_reason,
+        "worker": trajectory.worker,
+        "versions": sorted({v.version for span in trajectory.spans for v in span.versions}),
+        "response": [{"kind": span.kind, "text": span.text} for span in trajectory.spans],
+    }
+
+
+def write_transcripts(path: Path, groups: list[CompleteGroup]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [transcript_row(trajectory) for group in groups for trajectory in group.trajectories]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

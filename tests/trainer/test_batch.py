@@ -1,0 +1,183 @@
+"""From graded trajectories to a batch: complete groups only, none too stale, none twice, none lost over a restart."""
+
+from __future__ import annotations
+
+import threading
+
+import msgspec
+import pytest
+import redis
+
+from services.contract.config import Config
+from services.contract.groups import GroupStore, Lease
+from services.contract.messages import Question
+from services.trainer.batch import Batches
+from services.trainer.collect import Collector, CollectTimeout
+from services.trainer.ledger import Ledger
+from services.trainer.questions import TrainingOrder
+from tests.factories import make_trajectory
+
+GROUPS, SAMPLES = 3, 2
+
+
+@pytest.fixture
+def store(redis_client: redis.Redis) -> GroupStore:
+    return GroupStore(redis_client, "test")
+
+
+def make_batches(store: GroupStore, ledger: Ledger, max_staleness: int = 0, timeout_s: float = 5) -> Batches:
+    trainer = {"groups_per_step": GROUPS, "samples_per_prompt": SAMPLES, "max_staleness": max_staleness}
+    config = Config.model_validate({"trainer": trainer})
+    questions = [Question(str(i), "capital", f"Question {i}?", ["Paris"]) for i in range(10)]
+    collector = Collector(store, timeout_s, check_stop=lambda: None)
+    return Batches(config, store, collector, TrainingOrder(questions, seed=0), ledger)
+
+
+def play_all(store: GroupStore, version: int, samples: int = SAMPLES) -> list[Lease]:
+    """What a rollout worker and a grader do with all waiting groups."""
+    leases = store.lease("worker", 100, 10)
+    for lease in leases:
+        for sample in range(samples):
+            store.store(make_trajectory(lease.group.group_id, sample, versions=(version,)))
+            store.grade(store.load(f"{lease.group.group_id}/{sample}"), float(sample), {})
+        if samples == SAMPLES:
+            store.finish(lease)
+    return leases
+
+
+def train_on(batches: Batches, version: int = 0) -> list[str]:
+    groups = batches.next_batch()
+    batches.consume(groups)
+    batches.release(groups)
+    return [group.group_id for group in groups]
+
+
+def test_a_batch_is_whole_groups_in_the_order_of_their_questions(store: GroupStore) -> None:
+    batches = make_batches(store, Ledger())
+    batches.feed()
+    play_all(store, version=0)
+    groups = batches.next_batch()
+    assert [g.group_id for g in groups] == ["t00000000", "t00000001", "t00000002"]
+    assert [[t.id for t in g.trajectories] for g in groups][0] == ["t00000000/0", "t00000000/1"]
+    assert groups[0].rewards == [0.0, 1.0]
+
+
+def test_feed_stops_at_the_staleness_bound(store: GroupStore) -> None:
+    assert make_batches(store, Ledger()).feed() == GROUPS
+    assert make_batches(store, Ledger()).feed() == 0
+    assert make_batches(store, Ledger(), max_staleness=1).feed() == GROUPS
+
+
+def test_a_stale_group_is_fed_again_and_never_trained(store: GroupStore) -> None:
+    ledger = Ledger(version=5)
+    batches = make_batches(store, ledger)
+    batches.feed()
+    play_all(store, version=4)
+    worker = threading.Timer(0.5, play_all, [store, 5])
+    worker.start()
+    groups = batches.next_batch()
+    worker.join()
+    assert {t.lowest_version for g in groups for t in g.trajectories} == {5}
+    assert batches.refed == GROUPS
+    store.accounts().check()
+
+
+def test_within_the_bound_an_older_group_is_trained(store: GroupStore) -> None:
+    ledger = Ledger(version=5)
+    batches = make_batches(store, ledger, max_staleness=1)
+    batches.feed()
+    play_all(store, version=4)
+    assert len(batches.next_batch()) == GROUPS
+    assert batches.refed == 0
+
+
+def test_a_dead_group_is_replaced_by_the_next_question(store: GroupStore) -> None:
+    ledger = Ledger()
+    batches = make_batches(store, ledger)
+    batches.feed()
+    (first, *others) = store.lease("worker", 100, 10)
+    store.bury(first, "broken")
+    for lease in others:
+        store.hand_back(lease)
+    play_all(store, version=0)
+    worker = threading.Timer(0.8, play_all, [store, 0])
+    worker.start()
+    groups = batches.next_batch()
+    worker.join()
+    assert [g.group_id for g in groups] == ["t00000001", "t00000002", "t00000003"]
+    assert ledger.is_consumed(0) and batches.lost == 1
+
+
+def test_what_was_collected_but_not_checkpointed_is_served_to_the_next_trainer(store: GroupStore) -> None:
+    first = make_batches(store, Ledger())
+    first.feed()
+    play_all(store, version=0)
+    seen = [g.group_id for g in first.next_batch()]
+    second = make_batches(store, Ledger())
+    assert second.feed() == 0, "its groups are still in flight"
+    assert [g.group_id for g in second.next_batch()] == seen
+
+
+def test_what_the_checkpoint_contains_is_released_and_never_served_again(store: GroupStore) -> None:
+    first = make_batches(store, Ledger())
+    first.feed()
+    play_all(store, version=0)
+    groups = first.next_batch()
+    ledger = Ledger()
+    ledger.consume([0, 1, 2])  # the checkpoint was durable; the crash came before the release
+    second = make_batches(store, ledger)
+    second.forget_consumed()
+    assert store.accounts().released == GROUPS
+    second.feed()
+    play_all(store, version=0)
+    again = [g.group_id for g in second.next_batch()]
+    assert not set(again) & {g.group_id for g in groups}
+    assert store.client.keys("*trajectory:t00000000*") == []
+
+
+def test_every_question_is_trained_once_an_epoch(store: GroupStore) -> None:
+    batches = make_batches(store, Ledger())
+    trained: list[str] = []
+    for _ in range(10):
+        batches.feed()
+        play_all(store, version=0)
+        trained += train_on(batches)
+    questions = [batches.order[int(g[1:])].id for g in trained]
+    assert len(trained) == len(set(trained)) == 30
+    assert all(sorted(questions[i : i + 10], key=int) == [str(n) for n in range(10)] for i in (0, 10, 20))
+    assert batches.ledger.next_index == 30 and batches.ledger.consumed_beyond == []
+
+
+def test_waiting_in_vain_says_where_the_groups_are(store: GroupStore) -> None:
+    batches = make_batches(store, Ledger(), timeout_s=0.5)
+    with pytest.raises(CollectTimeout, match=r"waiting=3.*need a rollout worker"):
+        batches.next_batch()
+
+
+def test_half_a_group_is_not_a_batch(store: GroupStore) -> None:
+    batches = make_batches(store, Ledger(), timeout_s=0.5)
+    batches.feed()
+    play_all(store, version=0, samples=SAMPLES - 1)
+    with pytest.raises(CollectTimeout):
+        batches.next_batch()
+
+
+def test_a_group_that_lost_a_body_is_fed_again(store: GroupStore) -> None:
+    batches = make_batches(store, Ledger())
+    batches.feed()
+    play_all(store, version=0)
+    store.client.delete(store.keys.trajectory("t00000001/0"))
+    worker = threading.Timer(0.5, play_all, [store, 0])
+    worker.start()
+    groups = batches.next_batch()
+    worker.join()
+    assert [g.group_id for g in groups] == ["t00000000", "t00000001", "t00000002"]
+
+
+def test_the_question_order_depends_on_the_seed_alone() -> None:
+    questions = [Question(str(i), "s", "q", ["a"]) for i in range(50)]
+    one, same, other = (TrainingOrder(questions, seed) for seed in (1, 1, 2))
+    indices = range(120)
+    assert [one[i].id for i in indices] == [same[i].id for i in indices]
+    assert [one[i].id for i in range(50)] != [other[i].id for i in range(50)]
+    assert msgspec.json.encode(one[0]) != b""
