@@ -59,6 +59,9 @@ def make_trajectory(
         status="completed",
         stop_reason="answered",
         temperature=1.0,
+        question="What is the capital of France?",
+        source="capital",
+        golden_answers=["Paris"],
         answer=answer,
     )
     return Trajectory(**(fields | changes))

@@ -1,7 +1,8 @@
 """One TOML file per run, one model per section; unknown keys and contradictions stop the start, not step 400.
 
 Environment variables override the file: ``FORAGE_TRAINER__LEARNING_RATE=1e-6`` sets ``[trainer] learning_rate``.
-Values are read as TOML (``true``, ``3``, ``"text"``, ``[1, 2]``); what is not TOML is taken as a plain string.
+Values are read as TOML (``true``, ``3``, ``"text"``, ``[1, 2]``); what is not TOML is taken as a plain string, and so is
+whatever goes to a key that holds text: a run may be named ``007``, a password may be ``123456``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
@@ -140,7 +143,7 @@ class RetrieverConfig(Section):
     queue_size: Positive = 2048
     """Queries waiting at most; beyond it requests are answered 503 with Retry-After."""
     threads: Positive = 1
-    """Of the service while it answers."""
+    """Texts encoded side by side while the service answers."""
     index_threads: Annotated[int, Field(ge=0)] = 0
     """While the index is built; 0 takes every core this process may use."""
     index_checkpoint_s: Annotated[float, Field(ge=0)] = 10.0
@@ -170,9 +173,17 @@ class EngineConfig(Section):
     """Tokens in the KV cache."""
     tensor_parallel: Positive = 1
     start_timeout_s: Seconds = 600
+    max_running_requests: Annotated[int, Field(ge=0)] = 0
+    """Requests decoded together; others wait in the engine. 0: as many as `rollout.concurrency`."""
+    chunked_prefill_tokens: Annotated[int, Field(ge=0)] = 0
+    """Prompt tokens in one prefill step; running requests wait for it. 0 leaves the choice to SGLang."""
     health_interval_s: Seconds = 10
+    health_timeout_s: Seconds = 60
+    """How long an engine that has answered nothing for `health_interval_s` may take for one token."""
     health_failures: Positive = 3
     """The engine is restarted after so many failed health checks in a row."""
+    log_level: Literal["debug", "info", "warning", "error"] = "warning"
+    """Of the engine's own log, a file under `<run folder>/logs`."""
     python: str | None = None
     """The interpreter that has SGLang. None: the worker's own."""
     extra_args: list[str] = []
@@ -308,6 +319,12 @@ class RedisConfig(Section):
     retry_s: Seconds = 300
     """How long a service waits for a Redis that is away before it gives up."""
 
+    @model_validator(mode="after")
+    def _no_password_in_the_url(self) -> RedisConfig:
+        if urlsplit(self.url).password is not None:
+            raise ValueError("redis.url carries a password and may be printed: take it out and set FORAGE_REDIS__PASSWORD")
+        return self
+
 
 class Config(Section):
     run: RunConfig = RunConfig()
@@ -366,7 +383,7 @@ def load_config(path: Path | str | None, environment: Mapping[str, str] | None =
     """
     environment = os.environ if environment is None else environment
     values = _read_toml(Path(path)) if path else {}
-    if "password" in values.get("redis", {}):
+    if isinstance(values.get("redis"), dict) and "password" in values["redis"]:
         raise ConfigError("redis.password stands in the file: secrets come from the environment only (FORAGE_REDIS__PASSWORD)")
     for name, text in environment.items():
         if name.startswith(PREFIX) and name not in NOT_SETTINGS:
@@ -398,12 +415,30 @@ def _set(values: dict[str, Any], name: str, text: str) -> None:
     *sections, key = name.removeprefix(PREFIX).lower().split("__")
     if not sections:
         raise ConfigError(f"{name}: write FORAGE_<SECTION>__<KEY>, such as FORAGE_TRAINER__STEPS")
+    types = _types(Config, [*sections, key])
     for section in sections:
         values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{name}: {section} is a value, not a section")
+    values[key] = text if SecretStr in types else _value(text, keep_text=bool(types & {str, Path}))
+
+
+def _value(text: str, keep_text: bool) -> Any:
     try:
-        values[key] = tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        values[key] = text
+        return text
+    return text if keep_text and not isinstance(value, str) else value
+
+
+def _types(model: Any, names: list[str]) -> set[Any]:
+    """The types that a key takes; empty for an unknown key, which validation will name."""
+    field = getattr(model, "model_fields", {}).get(names[0])
+    if field is None:
+        return set()
+    if names[1:]:
+        return _types(field.annotation, names[1:])
+    return set(get_args(field.annotation)) if isinstance(field.annotation, UnionType) else {field.annotation}
 
 
 def dump_config(config: Config) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from services.contract.config import Config
 from services.contract.store import broker_url
 
 GRADE_TASK = "forage.grade"
-RESTORE_EVERY_S = 5
+RESTORE_EVERY_S = 2
 """How often a worker looks for messages whose worker has died."""
 
 

@@ -38,17 +38,18 @@ EVENTS_KEPT = 2000
 # KEYS: states, prompts, counters. ARGV: group id, body.
 _FEED = """
 if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 1 then return 0 end
-redis.call('HSET', KEYS[1], ARGV[1], 'fed')
-redis.call('XADD', KEYS[2], '*', 'body', ARGV[2])
+local id = redis.call('XADD', KEYS[2], '*', 'body', ARGV[2])
+redis.call('HSET', KEYS[1], ARGV[1], 'fed ' .. id)
 redis.call('HINCRBY', KEYS[3], 'fed', 1)
 return 1
 """
 
-# KEYS: prompts. ARGV: consumer group, entry id, new body. Only the holder of a pending entry may move it.
+# KEYS: prompts, states. ARGV: consumer group, entry id, new body, group id. Only the holder of a pending entry may move it.
 _REQUEUE = """
 if redis.call('XACK', KEYS[1], ARGV[1], ARGV[2]) == 0 then return 0 end
 redis.call('XDEL', KEYS[1], ARGV[2])
-redis.call('XADD', KEYS[1], '*', 'body', ARGV[3])
+local id = redis.call('XADD', KEYS[1], '*', 'body', ARGV[3])
+redis.call('HSET', KEYS[2], ARGV[4], 'fed ' .. id)
 return 1
 """
 
@@ -81,18 +82,45 @@ redis.call('HINCRBY', KEYS[3], ARGV[4], 1)
 return 1
 """
 
-# KEYS: states, counters, graded, graded_samples, trajectories... ARGV: consumer group, group id, graded entry ids...
-_RELEASE = """
-for i = 3, #ARGV do
+# All samples may be stored and graded before the worker gets to `finish`: then its lease is ended here.
+_END_LEASE = """
+local function end_lease(states, prompts, consumers, group)
+  local id = string.match(redis.call('HGET', states, group) or '', '^fed (.+)$')
+  if id then
+    redis.call('XACK', prompts, consumers, id)
+    redis.call('XDEL', prompts, id)
+  end
+end
+"""
+
+# KEYS: states, prompts. ARGV: consumer group of prompts, group id.
+_COLLECT = (
+    _END_LEASE
+    + """
+if redis.call('HEXISTS', KEYS[1], ARGV[2]) == 0 then return 0 end
+end_lease(KEYS[1], KEYS[2], ARGV[1], ARGV[2])
+redis.call('HSET', KEYS[1], ARGV[2], 'collected')
+return 1
+"""
+)
+
+# KEYS: states, counters, graded, graded_samples, prompts, trajectories...
+# ARGV: consumer group of graded, group id, consumer group of prompts, graded entry ids...
+_RELEASE = (
+    _END_LEASE
+    + """
+for i = 4, #ARGV do
   redis.call('XACK', KEYS[3], ARGV[1], ARGV[i])
   redis.call('XDEL', KEYS[3], ARGV[i])
 end
-for i = 5, #KEYS do redis.call('DEL', KEYS[i]) end
+for i = 6, #KEYS do redis.call('DEL', KEYS[i]) end
+end_lease(KEYS[1], KEYS[5], ARGV[3], ARGV[2])
 redis.call('HDEL', KEYS[4], ARGV[2])
 if redis.call('HDEL', KEYS[1], ARGV[2]) == 0 then return 0 end
 redis.call('HINCRBY', KEYS[2], 'released', 1)
 return 1
 """
+)
 
 # KEYS: states, prompts, counters, graded_samples. ARGV: rollout consumer group. One instant's picture of all groups.
 _ACCOUNTS = """
@@ -152,7 +180,7 @@ class GroupStore:
         register = client.register_script
         self._feed, self._requeue, self._finish = register(_FEED), register(_REQUEUE), register(_FINISH)
         self._die, self._grade, self._release = register(_DIE), register(_GRADE), register(_RELEASE)
-        self._accounts = register(_ACCOUNTS)
+        self._accounts, self._collect = register(_ACCOUNTS), register(_COLLECT)
         self.ensure_streams()
 
     def ensure_streams(self) -> None:
@@ -210,22 +238,27 @@ class GroupStore:
         return [sample for sample, body in enumerate(bodies) if body is None]
 
     def finish(self, lease: Lease) -> bool:
-        """Every sample is stored: give up the lease."""
+        """Every sample is stored: give up the lease. False: it was no longer this worker's, or the trainer has the group already."""
         keys = [self.keys.prompts, self.keys.states]
         return bool(self._finish(keys, [ROLLOUT_GROUP, lease.entry_id, lease.group.group_id, lease.group.samples]))
 
     def hand_back(self, lease: Lease) -> bool:
         """Put the group back for another worker, without counting an attempt."""
-        return bool(self._requeue([self.keys.prompts], [ROLLOUT_GROUP, lease.entry_id, encode(lease.group)]))
+        return self._put_back(lease, lease.group)
 
     def fail(self, lease: Lease, reason: str, max_attempts: int) -> bool:
         """Infrastructure failed under this group: try again, or bury it. Returns whether it was buried."""
         group = lease.group
         if group.attempt < max_attempts:
             again = msgspec.structs.replace(group, attempt=group.attempt + 1)
-            self._requeue([self.keys.prompts], [ROLLOUT_GROUP, lease.entry_id, encode(again)])
+            self._put_back(lease, again)
             return False
         return self.bury(lease, reason)
+
+    def _put_back(self, lease: Lease, group: PromptGroup) -> bool:
+        return bool(
+            self._requeue([self.keys.prompts, self.keys.states], [ROLLOUT_GROUP, lease.entry_id, encode(group), group.group_id])
+        )
 
     def bury(self, lease: Lease, reason: str) -> bool:
         """Move the group to `dead`, with its reason; what it had stored is deleted."""
@@ -272,13 +305,14 @@ class GroupStore:
         return [decode_trajectory(body) if body else None for body in bodies]
 
     def mark_collected(self, group_id: str) -> None:
-        self.client.hset(self.keys.states, group_id, "collected")
+        """The trainer has read the whole group."""
+        self._collect([self.keys.states, self.keys.prompts], [ROLLOUT_GROUP, group_id])
 
     def release(self, group_id: str, trajectory_ids: list[str], entry_ids: list[bytes]) -> bool:
         """Forget a group: its notices are acknowledged, its bodies deleted. Only after the checkpoint is durable."""
-        keys = [self.keys.states, self.keys.counters, self.keys.graded, self.keys.graded_samples]
+        keys = [self.keys.states, self.keys.counters, self.keys.graded, self.keys.graded_samples, self.keys.prompts]
         keys += [self.keys.trajectory(i) for i in trajectory_ids]
-        return bool(self._release(keys, [TRAINER_GROUP, group_id, *entry_ids]))
+        return bool(self._release(keys, [TRAINER_GROUP, group_id, ROLLOUT_GROUP, *entry_ids]))
 
     def in_flight(self) -> set[str]:
         """Ids of all groups that were fed and neither released nor buried."""

@@ -3,14 +3,15 @@
 Bodies are msgpack of these structs; nothing is ever unpickled. Invariants are checked when a struct is made or decoded:
 
 * spans tile ``response_ids`` with no gap, and kinds are only ``model`` and ``observation``;
-* ``len(logprobs) == len(response_ids)``; observed tokens carry log-prob 0;
+* ``len(logprobs) == len(response_ids)``, all finite; observed tokens carry log-prob 0;
 * every model token carries the policy version that the engine reported for it;
 * the loss mask is derived from the spans and stored nowhere.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Literal, get_args
 
 import msgspec
 
@@ -151,7 +152,11 @@ def check_trajectory(trajectory: Trajectory) -> None:
         raise InvalidMessage(f"{trajectory.id}: {len(trajectory.logprobs)} log-probs for {length} response tokens")
     if not _tiles([(span.start, span.end) for span in trajectory.spans], 0, length):
         raise InvalidMessage(f"{trajectory.id}: spans do not tile the {length} response tokens")
+    if not all(map(math.isfinite, trajectory.logprobs)):
+        raise InvalidMessage(f"{trajectory.id}: a log-prob is not a finite number")
     for span in trajectory.spans:
+        if span.kind not in get_args(SpanKind):
+            raise InvalidMessage(f"{trajectory.id}: a span of kind {span.kind!r}")
         if span.kind == "model":
             if not _tiles([(v.start, v.end) for v in span.versions], span.start, span.end):
                 raise InvalidMessage(f"{trajectory.id}: versions do not tile the model tokens [{span.start}, {span.end})")

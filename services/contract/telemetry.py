@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 BAR_WIDTH = 24
-QUIET_LIBRARIES = ("httpx", "httpcore", "urllib3", "faiss", "transformers", "filelock", "asyncio")
+QUIET_LIBRARIES = ("httpx", "httpcore", "urllib3", "faiss", "transformers", "filelock", "asyncio", "megatron", "torch")
 
 
 def configure_logging(service: str) -> logging.Logger:
@@ -19,6 +19,8 @@ def configure_logging(service: str) -> logging.Logger:
     handler.setFormatter(logging.Formatter(f"%(asctime)s {service:<9} %(levelmark)s%(message)s", "%H:%M:%S"))
     handler.addFilter(_mark_level)
     logging.basicConfig(level=os.environ.get("FORAGE_LOG_LEVEL", "INFO").upper(), handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").setLevel(logging.ERROR)
     for name in QUIET_LIBRARIES:
         logging.getLogger(name).setLevel(logging.WARNING)
     return logging.getLogger(service)
@@ -104,7 +106,7 @@ class Heartbeat:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
+        temporary = self.path.with_name(self.path.name + ".tmp")
         temporary.write_text(state)
         temporary.replace(self.path)
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import msgspec
 
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"^v(\d{6,})$")
+_NAME = re.compile(r"^v\d{6,}$")
+_WRITING = ".writing-"
 _CHUNK = 8 << 20
 
 
@@ -57,7 +58,7 @@ def publish(root: Path, version: int, parent: int, write: Callable[[Path], None]
     root.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(root).free) < bytes_needed:
         raise NoSpace(f"{root} has {free / 1e9:.2f} GB free, version {version} needs {bytes_needed / 1e9:.2f} GB: free some space")
-    temporary = root / f".writing-{target.name}"
+    temporary = root / f"{_WRITING}{target.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
@@ -113,15 +114,19 @@ def verify(folder: Path) -> Manifest:
 
 
 def published_versions(root: Path) -> list[int]:
-    """Every whole version on the volume, lowest first."""
-    if not root.exists():
-        return []
-    numbers = [int(match[1]) for path in root.iterdir() if (match := _NAME.match(path.name))]
-    return sorted(numbers)
+    """Every whole version on the volume, lowest first. A folder without a manifest is half a deletion, not a version."""
+    return sorted(int(path.name[1:]) for path in _folders(root) if _NAME.match(path.name) and (path / MANIFEST).exists())
+
+
+def _folders(root: Path) -> list[Path]:
+    return [path for path in root.iterdir() if path.is_dir()] if root.exists() else []
 
 
 def collect_garbage(root: Path, keep_last: int, in_use: Iterable[int]) -> list[int]:
-    """Delete all but the last `keep_last` versions and those `in_use`; and whatever a killed writer left. Returns the deleted."""
+    """Delete all but the last `keep_last` versions and those `in_use`; and whatever a killed writer or deleter left.
+
+    Returns the versions deleted. Only the writer may call it, and not while it publishes.
+    """
     versions = published_versions(root)
     protected = set(versions[-keep_last:]) | set(in_use)
     doomed = [version for version in versions if version not in protected]
@@ -130,6 +135,9 @@ def collect_garbage(root: Path, keep_last: int, in_use: Iterable[int]) -> list[i
         with contextlib.suppress(FileNotFoundError):  # the manifest goes first: half a deletion must not look whole
             (folder / MANIFEST).unlink()
         shutil.rmtree(folder, ignore_errors=True)
+    for folder in _folders(root):
+        if folder.name.startswith(_WRITING) or (_NAME.match(folder.name) and not (folder / MANIFEST).exists()):
+            shutil.rmtree(folder, ignore_errors=True)
     return doomed
 
 

@@ -62,7 +62,7 @@ def make_plan(config: Config, config_path: str, folder: Path, redis_port: int, r
 def _redis(folder: Path, port: int) -> Service:
     folder.mkdir(parents=True, exist_ok=True)
     options = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--appendonly", "yes", "--save", ""]
-    options += ["--maxmemory-policy", "noeviction", "--loglevel", "warning"]
+    options += ["--maxmemory-policy", "noeviction", "--loglevel", "warning", "--logfile", "redis.log"]
     return Service("redis", [redis_binary(), *options], is_ready=lambda: _pings(port))
 
 

@@ -56,6 +56,11 @@ class Ledger(msgspec.Struct):
     """Consumed ones at or after `next_index`, sorted."""
     evaluations: list[Evaluation] = []
 
+    @property
+    def has_learned(self) -> bool:
+        """Whether there is anything beyond the starting model; before the first step a checkpoint is this ledger alone."""
+        return bool(self.warm_step or self.step)
+
     def is_consumed(self, index: int) -> bool:
         return index < self.next_index or index in self.consumed_beyond
 

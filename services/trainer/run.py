@@ -92,7 +92,8 @@ class Run:
         if found is None:
             return Ledger()
         path, ledger = found
-        self.learner.load(path)
+        if ledger.has_learned:
+            self.learner.load(path)
         self.say(f"resumed from {path.name}: stage {ledger.stage}, warm start {ledger.warm_step}, step {ledger.step}")
         return ledger
 
@@ -100,7 +101,8 @@ class Run:
         """Make everything learned so far durable; only then acknowledge the groups that it contains."""
         scratch = self.checkpoints.folder / ".state"
         on_lead(lambda: _empty_folder(scratch))
-        self.learner.save(scratch)
+        if self.ledger.has_learned:
+            self.learner.save(scratch)
         on_lead(lambda: self._publish_checkpoint(scratch))
         self._unreleased.clear()
         self._saved = _progress(self.ledger)

@@ -55,7 +55,6 @@ def test_a_silent_worker_loses_its_group_and_a_refreshing_one_keeps_it(store: Gr
     claimed = store.claim("b", lease_s=0.3, count=5)
     assert [lease.group.group_id for lease in claimed] == [first.group.group_id]
     assert store.refresh("a", [first, second]) == {second.entry_id}
-    assert not store.hand_back(second) or store.accounts().leased == 1
 
 
 def test_the_first_stored_attempt_wins(store: GroupStore) -> None:
@@ -127,6 +126,21 @@ def test_releasing_twice_counts_once_and_leaves_no_key(store: GroupStore) -> Non
     assert not store.release("t0", ["t0/0", "t0/1"], [])
     assert store.accounts().released == 1
     assert not [key for key in store.client.keys("*trajectory*")]
+
+
+@pytest.mark.parametrize("collected", [True, False])
+def test_a_group_released_before_its_worker_finishes_stays_released(store: GroupStore, collected: bool) -> None:
+    store.feed(make_group(samples=1))
+    (lease,) = store.lease("worker", 1, 10)
+    store.store(make_trajectory())
+    store.grade(store.load("t0/0"), 1.0, {})
+    if collected:
+        store.mark_collected("t0")
+        store.accounts().check()
+    store.release("t0", ["t0/0"], [])
+    assert not store.finish(lease)
+    assert store.in_flight() == set()
+    store.accounts().check()
 
 
 def test_streams_lost_with_redis_are_made_again(store: GroupStore) -> None:

@@ -45,7 +45,9 @@ class Suite:
     def start(self, *arguments: str, **settings: str) -> None:
         command = [sys.executable, "-m", "services.suite", "up", "--config", SMOKE, *arguments]
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, env=self.environment | settings, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, env=self.environment | settings, stdout=log, stderr=log, start_new_session=True
+            )
 
     def wait(self, timeout_s: float = 600) -> int:
         assert self.process
@@ -206,6 +208,8 @@ def test_a_bad_configuration_stops_the_start_with_its_reason(tmp_path: Path, set
 
 def test_config_show_prints_toml_that_can_be_read_back_and_no_secret() -> None:
     command = [sys.executable, "-m", "services.suite", "config", "show", "--config", SMOKE]
-    shown = subprocess.run(command, env=os.environ | {"FORAGE_REDIS__PASSWORD": "hunter2"}, capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        command, env=os.environ | {"FORAGE_REDIS__PASSWORD": "hunter2"}, capture_output=True, text=True, check=True
+    )
     assert tomllib.loads(shown.stdout)["run"]["name"] == "smoke"
     assert "hunter2" not in shown.stdout

@@ -1,0 +1,1 @@
+"""The retriever: queries in, passages out. `index` builds what `serve` answers from."""

@@ -1,0 +1,149 @@
+"""Wires one worker together: Redis, engine, retriever, the loops that run beside each other, and the way out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import os
+import secrets
+import socket
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from services.contract.config import Config, ConfigError
+from services.contract.groups import GroupStore
+from services.contract.policy import PolicyBoard
+from services.contract.store import connect
+from services.contract.telemetry import Heartbeat
+from services.rollout.engine import Engine
+from services.rollout.engine_process import usable_context
+from services.rollout.episode import Player
+from services.rollout.grading import Grading
+from services.rollout.policy_watcher import PolicyWatcher, RunInThread
+from services.rollout.retrieval import Retriever
+from services.rollout.supervisor import Supervisor
+from services.rollout.tokens import Codec
+from services.rollout.worker import GOODBYE_S, Worker
+
+logger = logging.getLogger("rollout")
+
+HEARTBEAT_S, REPORT_S, SUMMARY_S = 1.0, 2.0, 30.0
+REDIS_THREADS = 16
+
+
+def worker_name() -> str:
+    """Unique among all workers, also after a restart under the same process id."""
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+
+
+def run_in(pool: ThreadPoolExecutor) -> RunInThread:
+    def run(function: Any, *arguments: Any) -> asyncio.Future[Any]:
+        return asyncio.get_running_loop().run_in_executor(pool, functools.partial(function, *arguments))
+
+    return run
+
+
+def log_folder(config: Config) -> Path:
+    """`<run folder>/logs`; a temporary folder where that cannot be written."""
+    folder = config.run.folder / "logs"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return Path(tempfile.gettempdir())
+    return folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
+
+
+async def serve(config: Config, stop: asyncio.Event) -> None:
+    """Play groups until `stop` is set. Raises RedisAway, or what the worker cannot go on with."""
+    if not (config.model_path / "config.json").exists():
+        raise ConfigError(f"{config.model_path} is not a Hugging Face folder: run `prepare`, or set model.path")
+    name, heartbeat = worker_name(), Heartbeat.from_environment()
+    state = ["starting: waiting for Redis"]
+    beating = asyncio.create_task(_beat(heartbeat, state))
+    run = run_in(ThreadPoolExecutor(REDIS_THREADS, thread_name_prefix="redis"))
+    try:
+        client = await _unless(stop, run(connect, config.redis))
+        store = client and await _unless(stop, run(GroupStore, client, config.run.name))
+        if client is None or store is None:
+            return
+        state[0] = "starting: loading the tokenizer"
+        codec = await asyncio.to_thread(Codec.load, config.model_path)
+        engine = Engine(config, log_folder(config) / f"engine-{name}.log")
+        watcher = PolicyWatcher(config, PolicyBoard(client, config.run.name), engine, name, run)
+        async with Retriever(config.retriever.url, config.rollout) as retriever:
+            player = Player(engine.generate, retriever.retrieve, codec, usable_context(config))
+            worker = Worker(name, config.rollout, store, Grading(config), player, watcher, run)
+            await _serve_with(worker, watcher, engine, config, state, stop)
+    finally:
+        beating.cancel()
+
+
+async def _serve_with(
+    worker: Worker, watcher: PolicyWatcher, engine: Engine, config: Config, state: list[str], stop: asyncio.Event
+) -> None:
+    """The loops; when one fails or `stop` is set, the way out: no more groups, finish or hand back, leave the registry."""
+    logger.info("worker %s plays up to %d episodes at once", worker.name, config.rollout.concurrency)
+    background = [
+        asyncio.create_task(loop)
+        for loop in (
+            Supervisor(engine, watcher, config.rollout.engine).run(),
+            worker.keep_leases(),
+            worker.failure(),
+            _report(watcher),
+            _narrate(worker, watcher, state),
+        )
+    ]
+    taking = asyncio.create_task(worker.take_groups(stop))
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        done, _ = await asyncio.wait([*background, taking, stopping], return_when=asyncio.FIRST_COMPLETED)
+        for task in done - {stopping, taking}:
+            task.result()
+        stop.set()
+        await asyncio.wait([taking], timeout=GOODBYE_S)  # longer only while Redis is away
+        await worker.drain()
+    finally:
+        stop.set()
+        tasks: list[asyncio.Task[Any]] = [*background, taking, stopping]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await engine.stop()
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(watcher.leave(), GOODBYE_S)
+        logger.info("worker %s has left", worker.name)
+
+
+async def _unless(stop: asyncio.Event, work: Any) -> Any:
+    """The result of `work`; None if `stop` is set before it is there."""
+    stopping = asyncio.ensure_future(stop.wait())
+    await asyncio.wait([work, stopping], return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    return work.result() if work.done() else None
+
+
+async def _beat(heartbeat: Heartbeat, state: list[str]) -> None:
+    while True:
+        heartbeat.beat(state[0])
+        await asyncio.sleep(HEARTBEAT_S)
+
+
+async def _report(watcher: PolicyWatcher) -> None:
+    while True:
+        await watcher.report()
+        await asyncio.sleep(REPORT_S)
+
+
+async def _narrate(worker: Worker, watcher: PolicyWatcher, state: list[str]) -> None:
+    """Keep the heartbeat's words true, and log a summary now and then."""
+    ticks = 0
+    while True:
+        state[0] = watcher.describe() + f", {worker.statistics.in_flight} episodes in flight"
+        ticks += 1
+        if ticks % int(SUMMARY_S / HEARTBEAT_S) == 0 and (line := worker.statistics.summary()):
+            logger.info(line)
+        await asyncio.sleep(HEARTBEAT_S)

@@ -1,0 +1,1 @@
+"""The mathematics of the update: pure functions on tensors. No I/O, no Megatron, no parallelism."""

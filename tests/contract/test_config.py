@@ -1,0 +1,168 @@
+"""A configuration is read whole or refused with the key and the mend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from services.contract.config import Config, ConfigError, dump_config, load_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "run.toml"
+    path.write_text(text)
+    return path
+
+
+def refusal(folder: Path, text: str = "", environment: dict[str, str] | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(written(folder, text), environment or {})
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)
+def test_every_configuration_that_is_shipped_loads(path: Path) -> None:
+    assert load_config(path, {}).run.name == path.stem
+
+
+def test_the_first_command_and_the_tests_have_their_configurations() -> None:
+    assert {"quickstart.toml", "smoke.toml"} <= {path.name for path in CONFIGS.glob("*.toml")}
+
+
+def test_defaults_alone_are_a_configuration() -> None:
+    assert load_config(None, {}) == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("[trainer]\nlearning_rat = 1.0", "trainer.learning_rat"),
+        ("[rollout.engine]\ngpus = 1", "rollout.engine.gpus"),
+        ("[trainr]\nsteps = 1", "trainr"),
+        ("steps = 1", "steps"),
+    ],
+)
+def test_an_unknown_key_is_named(tmp_path: Path, text: str, key: str) -> None:
+    assert f"{key}: unknown key; check its spelling" in refusal(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('[trainer]\nsteps = "many"', "trainer.steps"),
+        ("[trainer]\nsteps = 1.5", "trainer.steps"),
+        ("[trainer]\nsamples_per_prompt = 1", "trainer.samples_per_prompt"),
+        ("[trainer]\nlearning_rate = 0", "trainer.learning_rate"),
+        ("[retriever]\nport = 70000", "retriever.port"),
+        ('[run]\nname = "a/b"', "run.name"),
+        ('[run]\nname = ""', "run.name"),
+        ("[run]\nname = 3", "run.name"),
+        ('[trainer]\ndevice = "tpu"', "trainer.device"),
+        ("trainer = 3", "trainer"),
+        ("redis = 3", "redis"),
+    ],
+)
+def test_a_wrong_type_or_value_is_named(tmp_path: Path, text: str, key: str) -> None:
+    assert f"  {key}: Input should be" in refusal(tmp_path, text) or f"  {key}: String should" in refusal(tmp_path, text)
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    told = refusal(tmp_path, "[trainer]\nsteps = -1\nfoo = 1\n[retriever]\nport = -1")
+    assert all(key in told for key in ("trainer.steps", "trainer.foo", "retriever.port"))
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ('[model]\nsource = "folder"', ["model.path", "set it"]),
+        ("[rollout]\ntopk = 101", ["rollout.topk", "retriever.max_topk", "lower it"]),
+        ("[retriever]\ntopk = 101", ["retriever.topk", "retriever.max_topk", "lower one or raise the other"]),
+        ("[rollout]\nmax_turn_tokens = 2000", ["rollout.max_turn_tokens", "rollout.max_response_tokens", "lower it"]),
+        ("[rollout]\nmax_response_tokens = 2048", ["rollout.max_response_tokens", "model.max_context", "lower it"]),
+        ("[rollout.engine]\nmax_total_tokens = 100", ["rollout.engine.max_total_tokens", "model.max_context", "would not fit"]),
+        ("[trainer]\nprocesses = 3\ntensor_parallel = 2", ["trainer.processes", "multiple"]),
+        ('[data]\ninstruction = "Answer."', ["data.instruction", "{question}", "add it"]),
+        ("[reward]\nsoft_time_limit_s = 30", ["reward.soft_time_limit_s", "below reward.time_limit_s"]),
+        ("[reward]\nformat_bonus = 1.0", ["reward.format_bonus", "below reward.correct"]),
+        ('[redis]\nurl = "redis://:hush@h:1/0"', ["redis.url", "FORAGE_REDIS__PASSWORD"]),
+    ],
+)
+def test_a_contradiction_names_its_keys_and_the_mend(tmp_path: Path, text: str, parts: list[str]) -> None:
+    told = refusal(tmp_path, text)
+    assert all(part in told for part in parts), told
+    assert "hush" not in told
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "read"),
+    [
+        ("FORAGE_TRAINER__LEARNING_RATE", "1e-6", lambda c: c.trainer.learning_rate == 1e-6),
+        ("FORAGE_TRAINER__STEPS", "3", lambda c: c.trainer.steps == 3),
+        ("FORAGE_REWARD__REQUIRE_THINK", "true", lambda c: c.reward.require_think is True),
+        ("FORAGE_ROLLOUT__ENGINE__PORT", "30000", lambda c: c.rollout.engine.port == 30000),
+        ("FORAGE_ROLLOUT__ENGINE__EXTRA_ARGS", '["--a", "1"]', lambda c: c.rollout.engine.extra_args == ["--a", "1"]),
+        ("FORAGE_RUN__NAME", "other", lambda c: c.run.name == "other"),
+        ("FORAGE_RUN__NAME", '"other"', lambda c: c.run.name == "other"),
+        ("FORAGE_RUN__NAME", "007", lambda c: c.run.name == "007"),
+        ("FORAGE_RUN__NAME", "3", lambda c: c.run.name == "3"),
+        ("FORAGE_MODEL__PATH", "/models/42", lambda c: c.model.path == Path("/models/42")),
+        ("FORAGE_MODEL__PATH", "42", lambda c: c.model.path == Path("42")),
+        ("FORAGE_DATA__SYSTEM", "true", lambda c: c.data.system == "true"),
+        ("FORAGE_REDIS__PASSWORD", "123456", lambda c: c.redis.password.get_secret_value() == "123456"),
+        ("FORAGE_REDIS__PASSWORD", '"quoted"', lambda c: c.redis.password.get_secret_value() == '"quoted"'),
+        ("FORAGE_REDIS__PASSWORD", "a#b=[c", lambda c: c.redis.password.get_secret_value() == "a#b=[c"),
+    ],
+)
+def test_the_environment_overrides_the_file(tmp_path: Path, name: str, text: str, read) -> None:
+    path = written(tmp_path, '[trainer]\nsteps = 9\nlearning_rate = 0.5\n[run]\nname = "file"')
+    assert read(load_config(path, {name: text}))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("FORAGE_STEPS", "FORAGE_<SECTION>__<KEY>"),
+        ("FORAGE_TRAINER__STEP", "trainer.step: unknown key"),
+        ("FORAGE_TRAINER__STEPS__X", "trainer.steps: Input should be"),
+        ("FORAGE_RUN__NAME__X", "name is a value, not a section"),
+    ],
+)
+def test_a_mistake_in_the_environment_is_named(tmp_path: Path, name: str, told: str) -> None:
+    assert told in refusal(tmp_path, '[run]\nname = "file"', {name: "1"})
+
+
+def test_variables_of_the_launchers_and_of_others_are_left_alone(tmp_path: Path) -> None:
+    load_config(
+        None, {"FORAGE_CONFIG": "x", "FORAGE_HEARTBEAT_FILE": "y", "FORAGE_LOG_LEVEL": "DEBUG", "HOME": "/", "FORAGER": "1"}
+    )
+
+
+def test_a_password_in_the_file_is_refused_without_repeating_it(tmp_path: Path) -> None:
+    told = refusal(tmp_path, '[redis]\npassword = "hush"')
+    assert "FORAGE_REDIS__PASSWORD" in told and "hush" not in told
+
+
+def test_secrets_are_masked_wherever_a_configuration_is_shown() -> None:
+    config = load_config(None, {"FORAGE_REDIS__PASSWORD": "hush"})
+    assert dump_config(config)["redis"]["password"] == "**********"
+    assert "hush" not in f"{dump_config(config)} {config} {config!r}"
+
+
+def test_a_dump_reads_back_as_the_same_configuration() -> None:
+    config = load_config(CONFIGS / "smoke.toml", {})
+    assert Config.model_validate(dump_config(config)) == config
+
+
+def test_a_missing_file_and_a_broken_one_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no configuration at .*nowhere.toml: give the path"):
+        load_config(tmp_path / "nowhere.toml", {})
+    assert "is not valid TOML" in refusal(tmp_path, "[run\nname =")
+
+
+def test_a_configuration_cannot_be_changed_after_the_start() -> None:
+    with pytest.raises(ValidationError):
+        Config().run.name = "other"  # type: ignore[misc]

@@ -1,0 +1,109 @@
+"""The pure grader: golden transcripts, and how match, format and the configured rewards combine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from services.contract.config import RewardConfig
+from services.contract.messages import Span, Trajectory, VersionSpan
+from services.contract.transcript import ANSWER_ONLY_NOTICE, NOTICE, last_answer
+from services.reward.grade import grade
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+CASES = json.loads((GOLDENS / "format_reward.json").read_text())["cases"]
+PAID = RewardConfig(format_bonus=0.2)
+SEARCH, PASSAGE = "<search>capital of France</search>", "\n\n<information>Doc 1(Title: x) <answer>Paris</answer></information>\n\n"
+
+
+def trajectory_of(parts: list[tuple[str, str]], golds: list[str]) -> Trajectory:
+    """One token a span; the texts are what counts here."""
+    spans = [
+        Span("model", i, i + 1, text, [VersionSpan(0, i, i + 1)])
+        if kind == "model"
+        else Span("observation", i, i + 1, text, query="q" if "<information>" in text else None)
+        for i, (kind, text) in enumerate(parts)
+    ]
+    ids = list(range(len(spans)))
+    return Trajectory("t0/0", "t0", [1], ids, [0.0] * len(ids), spans, "completed", "answered", 1.0, golden_answers=golds)
+
+
+def golden_trajectory(case: dict) -> Trajectory:
+    parts = [(span["kind"], case["response"][span["start"] : span["end"]]) for span in case["spans"]]
+    return trajectory_of([part for part in parts if part[1]], case["golds"])
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["id"] for case in CASES])
+def test_answer_and_match_are_the_intended_ones_of_the_goldens(case: dict) -> None:
+    trajectory = golden_trajectory(case)
+    answer = last_answer([span.text for span in trajectory.spans if span.kind == "model"])
+    assert answer == case["intended"]["extracted_answer"]
+    graded = grade(trajectory, PAID)
+    assert graded.parts["exact_match"] == case["intended"]["em"]
+    assert graded.parts["answered"] == (answer is not None)
+    if case["intended"]["em"]:
+        assert graded.reward == 1.0
+
+
+ALIKE = {"search_1", "search_2", "search_3", "direct_answer", "answer_contents", "empty_think", "no_action", "ends_on_search"}
+ALIKE |= {"unclosed_answer", "unclosed_search", "unclosed_think", "text_between_tags", "nested_answer_tag", "several_answers"}
+ALIKE |= {"odd_tags", "notice_then_answer", "close_without_open", "tag_in_think", "ends_on_information"}
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c["category"] in ALIKE], ids=lambda case: case["id"])
+def test_where_spans_make_no_difference_the_format_verdict_is_the_reference_graders(case: dict) -> None:
+    assert grade(golden_trajectory(case), PAID).parts["format"] == case["peer"]["is_valid_sequence"]
+
+
+@pytest.mark.parametrize(
+    ("turn", "reward"),
+    [
+        ("<answer>the Paris!</answer>", 1.0),
+        ("Surely <answer>Paris</answer>", 1.0),
+        ("<answer>Rome</answer>", 0.2),
+        ("Surely <answer>Rome</answer>", 0.0),
+        ("<answer>Par", 0.0),
+        ("<answer></answer>", 0.2),
+    ],
+)
+def test_the_table_of_rewards(turn: str, reward: float) -> None:
+    assert grade(trajectory_of([("model", SEARCH), ("observation", PASSAGE), ("model", turn)], ["Paris"]), PAID).reward == reward
+
+
+def test_without_a_bonus_only_a_match_is_paid() -> None:
+    assert grade(trajectory_of([("model", "<answer>Rome</answer>")], ["Paris"]), RewardConfig()).reward == 0.0
+
+
+def test_an_answer_in_a_passage_is_not_the_models() -> None:
+    graded = grade(trajectory_of([("model", SEARCH), ("observation", PASSAGE), ("model", "I do not know.")], ["Paris"]), PAID)
+    assert graded == (0.0, {"exact_match": 0.0, "format": 0.0, "searches": 1.0, "answered": 0.0})
+
+
+def test_an_answer_split_by_an_observation_is_none() -> None:
+    parts = [("model", "<answer>Par"), ("observation", PASSAGE), ("model", "is</answer>")]
+    assert grade(trajectory_of(parts, ["Paris"]), PAID).parts["answered"] == 0.0
+
+
+def test_a_notice_is_no_search_and_a_turn_it_answers_breaks_the_format() -> None:
+    parts = [("model", "Hm."), ("observation", NOTICE), ("model", "<answer>Rome</answer>")]
+    assert grade(trajectory_of(parts, ["Paris"]), PAID) == (
+        0.0,
+        {"exact_match": 0.0, "format": 0.0, "searches": 0.0, "answered": 1.0},
+    )
+
+
+def test_being_asked_for_the_answer_after_the_last_search_keeps_the_format() -> None:
+    parts = [("model", SEARCH), ("observation", PASSAGE), ("observation", ANSWER_ONLY_NOTICE), ("model", "<answer>Rome</answer>")]
+    assert grade(trajectory_of(parts, ["Paris"]), PAID).reward == 0.2
+
+
+def test_an_empty_answer_to_a_question_with_an_empty_gold_is_not_paid_as_right() -> None:
+    assert grade(trajectory_of([("model", "<answer>the</answer>")], [""]), RewardConfig()).reward == 0.0
+
+
+def test_grading_changes_nothing_and_gives_the_same_twice() -> None:
+    trajectory = trajectory_of([("model", "<answer>Paris</answer>")], ["Paris"])
+    assert grade(trajectory, PAID) == grade(trajectory, PAID)
+    assert trajectory.reward is None
