@@ -17,6 +17,9 @@ At any instant ``fed = waiting + leased + finished + dead`` and ``finished = col
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import msgspec
 import redis
 
@@ -31,6 +34,8 @@ from services.contract.messages import (
     encode,
 )
 from services.contract.store import Keys
+
+T = TypeVar("T")
 
 ROLLOUT_GROUP, TRAINER_GROUP, TRAINER = "rollout", "trainer", "trainer"
 EVENTS_KEPT = 2000
@@ -176,7 +181,8 @@ class GroupStore:
     """All moves of a group. Safe to use from many threads and processes; every method may be repeated."""
 
     def __init__(self, client: redis.Redis, run: str) -> None:
-        self.client, self.keys = client, Keys(run)
+        self.client: Any = client  # redis-py types every answer as sync or async
+        self.keys = Keys(run)
         register = client.register_script
         self._feed, self._requeue, self._finish = register(_FEED), register(_REQUEUE), register(_FINISH)
         self._die, self._grade, self._release = register(_DIE), register(_GRADE), register(_RELEASE)
@@ -238,7 +244,7 @@ class GroupStore:
         return [sample for sample, body in enumerate(bodies) if body is None]
 
     def finish(self, lease: Lease) -> bool:
-        """Every sample is stored: give up the lease. False: it was no longer this worker's, or the trainer has the group already."""
+        """Every sample is stored: give up the lease. False: it was not this worker's any more, or the trainer has the group."""
         keys = [self.keys.prompts, self.keys.states]
         return bool(self._finish(keys, [ROLLOUT_GROUP, lease.entry_id, lease.group.group_id, lease.group.samples]))
 
@@ -283,6 +289,16 @@ class GroupStore:
         notice = GradedNotice(trajectory.id, trajectory.group_id, reward)
         keys = [self.keys.trajectory(trajectory.id), self.keys.graded, self.keys.graded_samples]
         return bool(self._grade(keys, [encode(trajectory), encode(graded), encode(notice), trajectory.group_id]))
+
+    def ungraded(self) -> list[str]:
+        """Ids of trajectories without a reward in groups that their workers have finished."""
+        states, graded = self.client.hgetall(self.keys.states), self.client.hgetall(self.keys.graded_samples)
+        names: list[str] = []
+        for group_id, state in states.items():
+            samples = int(state.split()[1]) if state.startswith(b"finished") else 0
+            if int(graded.get(group_id, 0)) < samples:
+                names += [f"{group_id.decode()}/{sample}" for sample in range(samples)]
+        return [t.id for t in self.load_many(names) if t and t.reward is None] if names else []
 
     # -- the trainer collects ------------------------------------------------------------------------------------------
 
@@ -349,7 +365,7 @@ class GroupStore:
         reply = self._with_streams(read)
         return reply[0][1] if reply else []
 
-    def _with_streams(self, command):  # noqa: ANN001, ANN202
+    def _with_streams(self, command: Callable[[], T]) -> T:
         """Run a stream command; if Redis lost the streams, make them and run it again."""
         try:
             return command()

@@ -13,7 +13,7 @@ grace ran out). An engine whose heartbeat key expired counts for nothing and hol
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import redis
@@ -49,7 +49,8 @@ class PolicyBoard:
     """The `policy` hash and the `engines` registry. Safe to use from many processes."""
 
     def __init__(self, client: redis.Redis, run: str) -> None:
-        self.client, self.keys = client, Keys(run)
+        self.client: Any = client  # redis-py types every answer as sync or async
+        self.keys = Keys(run)
 
     def stage(self, version: PolicyVersion) -> None:
         self.client.hset(self.keys.policy, "staged", msgspec.json.encode(version))

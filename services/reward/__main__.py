@@ -23,12 +23,14 @@ from services.contract.grading import grading_app
 from services.contract.store import RedisAway, connect
 from services.contract.telemetry import Heartbeat, configure_logging
 from services.reward.health import STARTING, HeartbeatStep
+from services.reward.sweep import Sweep
 from services.reward.task import register
 
 
 def make_worker(config: Config) -> Worker:
     app = grading_app(config)
     register(app, config)
+    Sweep(app, config).start()
     app.steps["consumer"].add(HeartbeatStep)  # pyright: ignore[reportOptionalSubscript]
     return Worker(
         app=app,

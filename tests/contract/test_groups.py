@@ -125,7 +125,7 @@ def test_releasing_twice_counts_once_and_leaves_no_key(store: GroupStore) -> Non
     assert store.release("t0", ["t0/0", "t0/1"], [])
     assert not store.release("t0", ["t0/0", "t0/1"], [])
     assert store.accounts().released == 1
-    assert not [key for key in store.client.keys("*trajectory*")]
+    assert not list(store.client.keys("*trajectory*"))
 
 
 @pytest.mark.parametrize("collected", [True, False])

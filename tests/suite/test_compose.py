@@ -84,7 +84,7 @@ def test_a_killed_rollout_container_is_replaced_and_the_run_resumes_after_down_a
     compose("up", "-d", "--wait", "--wait-timeout", "900")
     compose.wait_for_log("trainer", "final model")
     log = compose.logs("trainer")
-    assert "resumed from" in log and "after GRPO" in log
+    assert "resumed from" in log and "warm start → GRPO" in log
     assert "step 1/2" not in log, "the first step was not trained again"
 
 

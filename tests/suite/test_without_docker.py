@@ -100,7 +100,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Suite]:
 
 def test_the_run_ends_with_a_table_of_three_evaluations(finished: Suite) -> None:
     table = (finished.run / "results.md").read_text()
-    assert all(label in table for label in ("starting policy", "after warm start", "after GRPO"))
+    assert table.startswith("start → warm start → GRPO")
     assert table.strip() in finished.text()
 
 
@@ -160,7 +160,7 @@ def test_a_finished_run_started_again_prints_its_table_and_trains_nothing(finish
     finished.log.write_text("")
     finished.start()
     assert finished.wait() == 0
-    assert "after GRPO" in finished.text()
+    assert "start → warm start → GRPO" in finished.text()
     assert (finished.run / "metrics.jsonl").read_text() == before
 
 

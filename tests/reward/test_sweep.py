@@ -1,0 +1,36 @@
+"""A grading message that a broker lost is sent again; one that is only waiting is not sent over and over."""
+
+from __future__ import annotations
+
+import pytest
+import redis
+
+from services.contract.config import Config
+from services.contract.grading import grading_app, grading_queue
+from services.contract.groups import GroupStore
+from services.reward.sweep import Sweep
+from tests.factories import make_group, make_trajectory
+
+
+@pytest.fixture
+def config(redis_url: str) -> Config:
+    return Config.model_validate({"run": {"name": "test"}, "redis": {"url": redis_url}})
+
+
+def test_only_overdue_trajectories_of_finished_groups_are_sent_again_and_once(redis_client: redis.Redis, config: Config) -> None:
+    store = GroupStore(redis_client, "test")
+    for group_id in ("t0", "t1"):
+        store.feed(make_group(group_id, samples=2))
+    first, _ = store.lease("worker", 2, 10)
+    for sample in range(2):
+        store.store(make_trajectory("t0", sample))
+    store.store(make_trajectory("t1", 0))  # still being played
+    store.finish(first)
+    store.grade(store.load("t0/0"), 1.0, {})
+    sweep = Sweep(grading_app(config), config)
+    assert store.ungraded() == ["t0/1"]
+    assert [sweep.sweep(store) for _ in range(4)] == [0, 1, 0, 0]
+    broker = redis.Redis(port=int(config.redis.url.rsplit(":")[-1].split("/")[0]), db=config.reward.database)
+    assert broker.llen(grading_queue("test")) == 1
+    store.grade(store.load("t0/1"), 1.0, {})
+    assert store.ungraded() == []
