@@ -58,10 +58,11 @@ def plain_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, rows: l
     return loss_sum
 
 
-def timed(action: Callable[[], object]) -> float:
-    started = time.perf_counter()
+def timed(action: Callable[[], object]) -> tuple[float, float]:
+    """(seconds by the clock, CPU seconds of all threads)."""
+    started, processor = time.perf_counter(), time.process_time()
     action()
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - processor
 
 
 def peak_gib() -> float:
@@ -72,9 +73,9 @@ def peak_gib() -> float:
 def measure_storage(learner: Learner) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        saved, loaded = timed(lambda: learner.save(folder)), timed(lambda: learner.load(folder))
+        saved, loaded = timed(lambda: learner.save(folder))[0], timed(lambda: learner.load(folder))[0]
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**30
-    exported = timed(lambda: [None for _ in learner.export()])
+    exported = timed(lambda: [None for _ in learner.export()])[0]
     print(
         f"checkpoint of {size:.2f} GiB: save {saved:.1f} s, load {loaded:.1f} s; export {exported:.2f} s; peak {peak_gib():.2f} GiB"
     )
@@ -119,9 +120,14 @@ def compare(options: argparse.Namespace, learner: Learner, rows: list[Row], toke
     for _ in range(options.rounds):
         ours.append(timed(lambda: learner.train_step(rows, SupervisedLoss(), LEARNING_RATE)))
         plain.append(timed(lambda: plain_step(model, optimizer, rows, options.max_tokens)))
-    print(f"learner: {tokens / min(ours):.1f} tokens/s")
-    print(f"plain transformers + torch: {tokens / min(plain):.1f} tokens/s")
-    print(f"ratio learner / plain: {min(plain) / min(ours):.2f}")
+    for name, times in (("learner", ours), ("plain transformers + torch", plain)):
+        print(f"{name}: {tokens / best(times)[0]:.1f} tokens/s, {tokens / best(times)[1]:.1f} tokens per CPU second")
+    wall, processor = (p / o for p, o in zip(best(plain), best(ours), strict=True))
+    print(f"ratio learner / plain: {wall:.2f} by the clock, {processor:.2f} by CPU seconds (steadier on a busy machine)")
+
+
+def best(times: list[tuple[float, float]]) -> tuple[float, float]:
+    return min(clock for clock, _ in times), min(processor for _, processor in times)
 
 
 if __name__ == "__main__":

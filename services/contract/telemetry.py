@@ -40,7 +40,7 @@ class Progress:
 
     def __init__(self, label: str, total: int, unit: str = "", every_s: float = 5.0) -> None:
         self.label, self.total, self.unit = label, total, unit
-        self.done = 0
+        self.done, self._shown = 0, -1
         self._terminal = sys.stdout.isatty()
         self._every_s = 0.2 if self._terminal else every_s
         self._started = self._drawn = time.monotonic()
@@ -50,7 +50,8 @@ class Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._draw()
+        if self._shown != self.done:
+            self._draw()
         if self._terminal:
             print(flush=True)
 
@@ -73,6 +74,7 @@ class Progress:
         return f"{self.label} {bar} {self.done:,}/{self.total:,} {self.unit} {rate:.1f}/s {ending}"
 
     def _draw(self) -> None:
+        self._shown = self.done
         if self._terminal:
             print(f"\r\x1b[2K{self.line()}", end="", flush=True)
         else:

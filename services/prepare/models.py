@@ -10,7 +10,6 @@ import functools
 import importlib
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -123,7 +122,6 @@ def _import_quietly() -> tuple[Any, Any]:
     """(torch, transformers)."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all that is needed is in packages; never wait for a hub
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type] - a torchvision for another torch fails at import
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars for work of a second; in a log each update is a line
     try:
         return importlib.import_module("torch"), importlib.import_module("transformers")

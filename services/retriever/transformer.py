@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
 
-# A text encoder needs no images, but transformers imports torchvision where it finds one, and a torchvision built for
-# another torch (CUDA wheels beside a CPU torch) stops that import. None means "not installed".
-cast(dict[str, Any], sys.modules).setdefault("torchvision", None)
 # Tokenizers otherwise starts a pool of its own beside torch's threads.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

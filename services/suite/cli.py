@@ -17,6 +17,11 @@ from services.contract.config import Config, ConfigError, dump_config, load_conf
 from services.contract.telemetry import configure_logging
 
 DEFAULT_CONFIG = "configs/quickstart.toml"
+SHARED_ENVIRONMENT = {
+    "PYTHONUNBUFFERED": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",  # trainer and engine take turns on the same cores: waiting threads must sleep, not spin
+}
 
 app = typer.Typer(help="Trains language models to search.", no_args_is_help=True, add_completion=False)
 config_app = typer.Typer(help="Look at a run's configuration.", no_args_is_help=True)
@@ -40,7 +45,7 @@ def up(
     lock = _lock(folder)
     _refuse_taken_port(resolved)
     port = _free_port()
-    environment = os.environ | {"FORAGE_REDIS__URL": f"redis://127.0.0.1:{port}/0", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | SHARED_ENVIRONMENT | {"FORAGE_REDIS__URL": f"redis://127.0.0.1:{port}/0"}
     plan = make_plan(resolved, config, folder, port, rollout)
     address = resolved.retriever.url
     supervisor = Supervisor(plan, environment, lambda: logger.info("all services are ready; search at %s/retrieve", address))

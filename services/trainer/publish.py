@@ -7,6 +7,7 @@ late takes no new group until it has caught up, so a slow one costs throughput a
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import time
@@ -52,6 +53,7 @@ def _write_shards(folder: Path, tensors: Tensors, dtype: torch.dtype) -> list[tu
     def flush() -> None:
         name = f"model-{len(shards) + 1:05d}.safetensors"
         save_file(held, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod(0o644)  # safetensors writes for the owner only; workers may run as another user
         shards.append((name, {n: t.nbytes for n, t in held.items()}))
         held.clear()
 
@@ -65,8 +67,6 @@ def _write_shards(folder: Path, tensors: Tensors, dtype: torch.dtype) -> list[tu
 
 
 def _write_index(folder: Path, shards: list[tuple[str, dict[str, int]]]) -> None:
-    import json
-
     weight_map = {name: file for file, sizes in shards for name in sizes}
     total = sum(size for _, sizes in shards for size in sizes.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -63,7 +63,7 @@ async def test_greedy_among_sampled_requests_keeps_its_tokens_and_logprobs(serve
 
 
 async def test_a_turn_ends_with_the_closing_tag_and_keeps_its_tokens(served: Engine, codec: Codec) -> None:
-    turn = await served.generate(ids_of(codec), make_sampling(), 40)
+    turn = await served.generate(ids_of(codec), make_sampling(temperature=0.0), 40)
     assert codec.decode(turn.ids) == TURNS[0] and turn.finish == "stop"
     assert len(turn.logprobs) == len(turn.ids) and all(logprob <= 0 for logprob in turn.logprobs)
 

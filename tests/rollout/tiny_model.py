@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -59,14 +60,14 @@ def make_model(folder: Path) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.eos_token_id,
     )
-    model = LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(config)
     _train(model, tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def _train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def _train(model: Any, tokenizer: Any) -> None:
     """The episodes, over and over; only what the model writes counts in the loss."""
     known = [(TURNS[0], True), (transcript.observation(PASSAGES), False), (TURNS[1], True)]
     rows = [_row(tokenizer, QUESTION, known), _row(tokenizer, RUNS_ON, [(RUN_ON_TEXT, True)])]
@@ -78,7 +79,7 @@ def _train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
         optimizer.step()
 
 
-def _row(tokenizer: PreTrainedTokenizerFast, question: str, pieces: list[tuple[str, bool]]) -> tuple[torch.Tensor, torch.Tensor]:
+def _row(tokenizer: Any, question: str, pieces: list[tuple[str, bool]]) -> tuple[torch.Tensor, torch.Tensor]:
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, return_dict=True)
     ids, labels = list(prompt["input_ids"]), [-100] * len(prompt["input_ids"])
     for text, learned in pieces:
@@ -89,7 +90,7 @@ def _row(tokenizer: PreTrainedTokenizerFast, question: str, pieces: list[tuple[s
 
 def make_variant(source: Path, folder: Path, scale: float) -> None:
     """Write a model with other weights, and so other log-probs, into `folder`."""
-    model = LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model: Any = LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(scale)

@@ -31,7 +31,7 @@ from services.trainer.megatron.export import whole_weights  # noqa: E402
 from services.trainer.megatron.loss import Loss, Totals  # noqa: E402
 from services.trainer.megatron.model import PolicyModel  # noqa: E402
 from services.trainer.megatron.names import load_weights  # noqa: E402
-from services.trainer.megatron.optimizer import make_optimizer, set_learning_rate, wrap  # noqa: E402
+from services.trainer.megatron.optimizer import configure, make_optimizer, set_learning_rate, wrap  # noqa: E402
 from services.trainer.megatron.schedule import run_schedule  # noqa: E402
 from services.trainer.megatron.weights import WeightFolder  # noqa: E402
 
@@ -100,6 +100,7 @@ class Learner:
     def load(self, folder: Path) -> None:
         """Go on from a folder that `save` wrote, bit by bit on the same layout. All ranks together."""
         checkpoint.load(folder, self.model, self.optimizer)
+        configure(self.optimizer, self.trainer)
 
     def _own_batches(self, rows: Sequence[Row]) -> list[MicroBatch]:
         """This data-parallel rank's part of the rows, as micro-batches; a filler if it has none."""
@@ -130,7 +131,7 @@ class Learner:
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss}; the weights were left as they are: look at the batch's log-probs")
         set_learning_rate(self.optimizer, learning_rate)
-        _, norm, _ = self.optimizer.step()
+        _, norm, _ = self.optimizer.step()  # type: ignore[misc]
         grad_norm = float(norm or 0.0)
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"the gradient's norm is {grad_norm}; the weights are spoilt: go back to a checkpoint")

@@ -20,8 +20,9 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 
 from services.trainer.megatron.model import PolicyModel  # noqa: E402
+from services.trainer.megatron.optimizer_state import mend_adamw_checkpoints  # noqa: E402
 
-cpu.mend_adamw_checkpoints()
+mend_adamw_checkpoints()
 
 
 def wrap(model: PolicyModel, trainable: bool) -> torch.nn.Module:
@@ -57,12 +58,18 @@ def make_optimizer(model: torch.nn.Module, trainer: TrainerConfig) -> MegatronOp
         [model],  # type: ignore[list-item]
         use_gloo_process_groups=False,
     )
+    configure(optimizer, trainer)
+    return optimizer
+
+
+def configure(optimizer: MegatronOptimizer, trainer: TrainerConfig) -> None:
+    """Set what Megatron leaves to its caller. Also after loading: a checkpoint brings the settings it was saved under."""
     for group in optimizer.param_groups:
         # One pass over memory instead of about ten. Only set on the groups: Megatron chooses the optimizer's arguments.
         group["fused"], group["foreach"] = True, False
         # Norms and biases are in a group of their own whose multiplier is 0. Applying it is the caller's part in Megatron.
         group["weight_decay"] = trainer.weight_decay * group.get("wd_mult", 1.0)
-    return optimizer
+        group["betas"] = (trainer.beta1, trainer.beta2)
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:
