@@ -10,6 +10,7 @@ their sum, and both figures as a ratio to the budget.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import subprocess
 import sys
 import time
@@ -37,12 +38,18 @@ def service_of(process: psutil.Process) -> str:
 def sample(root: psutil.Process) -> dict[str, float]:
     """GiB by service, now."""
     found: dict[str, float] = defaultdict(float)
-    for process in [root, *root.children(recursive=True)]:
-        try:
-            found[service_of(process)] += process.memory_full_info().pss / 2**30
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            continue
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in [root, *root.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                found[service_of(process)] += process.memory_full_info().pss / 2**30
     return found
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def main() -> None:
@@ -52,17 +59,14 @@ def main() -> None:
     arguments = parser.parse_args()
     command = [sys.executable, "-m", "services.suite", "up", "--config", arguments.config]
     root = psutil.Process(arguments.attach or subprocess.Popen(command).pid)
-    peaks, peak = defaultdict(float), 0.0
-    while root.is_running() and root.status() != psutil.STATUS_ZOMBIE:
-        try:
-            now = sample(root)
-        except psutil.NoSuchProcess:
-            break
+    started, peaks, peak = root.create_time(), defaultdict(float), 0.0
+    while alive(root):
+        now = sample(root)
         peak = max(peak, sum(now.values()))
         for name, gibibytes in now.items():
             peaks[name] = max(peaks[name], gibibytes)
         time.sleep(SAMPLE_S)
-    report(arguments.config, time.time() - root.create_time(), peak, peaks)
+    report(arguments.config, time.time() - started, peak, peaks)
 
 
 def report(config: str, seconds: float, peak: float, peaks: dict[str, float]) -> None:

@@ -48,7 +48,7 @@ def plain_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, rows: l
     loss_sum = 0.0
     for indices in plan([row.input_length for row in rows], max_tokens):
         batch = micro_batch(rows, indices, torch.device("cpu"))
-        logits = model(input_ids=batch.input_ids).logits.transpose(0, 1).reshape(-1, model.config.vocab_size)
+        logits = model(input_ids=batch.input_ids).logits.transpose(0, 1).flatten(0, 1)
         logprobs = torch.log_softmax(logits, -1)[batch.positions, batch.targets]
         loss = -logprobs.sum() / total
         loss.backward()

@@ -93,10 +93,10 @@ def resume_report(config: Config, folder: Path, rows: list[Row], scratch: Path) 
 
 
 def cross_report(config: Config, folder: Path, rows: list[Row], checkpoint: Path) -> dict[str, Any]:
-    """Load what another layout saved, and take a step."""
+    """Load what another layout saved, and go on from there."""
     learner = Learner(config, folder)
     learner.load(checkpoint)
-    return {"norm": learner.train_step(rows, SupervisedLoss(), LEARNING_RATES[0])["grad_norm"]}
+    return {"norms": [step["grad_norm"] for step in train(learner, rows, SupervisedLoss())]}
 
 
 def invariance_report(values: dict[str, Any], folder: Path, rows: list[Row]) -> dict[str, Any]:

@@ -19,6 +19,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pipeline-parallel": {"names": ["llama"], "processes": 2, "trainer": {"pipeline_parallel": 2}},
 }
 CASES = [(layout, name) for layout, run in LAYOUTS.items() for name in run["names"]]
+CROSSED = {"tensor-parallel": "qwen2-tied", "data-parallel": "llama-tied"}
+"""Layouts that also load what the single process saved of this model, their first."""
 Case = tuple[str, str]
 
 
@@ -33,8 +35,8 @@ class Runs:
         if layout not in self.done:
             scratch = self.factory.mktemp(layout)
             job = dict(LAYOUTS[layout])
-            if layout == "tensor-parallel":
-                job["foreign_checkpoint"] = Path(self["single"]["resume"]["qwen2-tied"]["checkpoint"])
+            if layout in CROSSED:
+                job["foreign_checkpoint"] = Path(self["single"]["resume"][CROSSED[layout]]["checkpoint"])
             self.done[layout] = scratch, run_layout(scratch, **job)
         return self.done[layout][1]
 
@@ -118,9 +120,10 @@ def test_a_resumed_run_goes_on_bit_for_bit(runs: Runs, case: Case) -> None:
     assert resume["fresh_equal"] and resume["random_equal"]
 
 
-def test_a_checkpoint_loads_under_another_layout(runs: Runs) -> None:
-    ahead = runs["single"]["resume"]["qwen2-tied"]["norms"][0][0]
-    assert runs["tensor-parallel"]["cross"]["norm"] == pytest.approx(ahead, rel=1e-5)
+@pytest.mark.parametrize("layout", CROSSED)
+def test_a_checkpoint_loads_under_another_layout(runs: Runs, layout: str) -> None:
+    ahead = runs["single"]["resume"][CROSSED[layout]]["norms"][0]
+    assert runs[layout]["cross"]["norms"] == pytest.approx(ahead, rel=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["single", "tensor-parallel"])
