@@ -273,6 +273,7 @@ class TrainerConfig(Section):
     processes: Positive = 1
     """Ranks started by torchrun on this machine."""
     threads: Positive = 2
+    """Of each rank, on a CPU."""
     tensor_parallel: Positive = 1
     pipeline_parallel: Positive = 1
     dtype: Literal["float32", "bfloat16"] = "float32"

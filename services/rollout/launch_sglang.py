@@ -2,7 +2,8 @@
 
 On a CPU it supplies the two things SGLang 0.5.23 misses there: the schemas of torchvision's operators (the wheel on PyPI is
 built for CUDA and cannot load beside a CPU torch) and the names it imports from `sgl_kernel`, which plain serving never calls.
-It also reads the KV cache in a faster way there. SGLang's child processes import this file again as ``__mp_main__``, so everything they need stands at module level.
+It also quickens SGLang's attention there (`cpu_attention.py`). SGLang's child processes import this file again as
+``__mp_main__``, so everything they need is done at module level.
 
 The server dies with the worker that started it, even when that one was killed with -9.
 """
@@ -35,13 +36,6 @@ KERNEL_NAMES = (
     "verify_tree_greedy_cpu",
 )
 """Speculative decoding and KV moves only."""
-PLAIN_DECODING = {"scaling", "enable_gqa"}
-"""The options of SGLang's decoding attention that the faster way knows; with any other in use it steps aside."""
-
-
-ENGINE_PACKAGES = Path(sys.prefix) / "engine-packages"
-"""Where torchvision is installed: out of sight of everything but the engine, because transformers imports it wherever it
-finds it, and the CUDA build cannot be imported beside a CPU torch without the schemas below."""
 
 
 def die_with_parent() -> None:
@@ -93,6 +87,19 @@ if ENGINE_PACKAGES.is_dir() and str(ENGINE_PACKAGES) not in sys.path:
     sys.path.append(str(ENGINE_PACKAGES))
 
 
+def quicken_attention() -> None:
+    """Run `cpu_attention.py`. By its path: this folder must not come on sys.path, where its names would hide other modules."""
+    spec = importlib.util.spec_from_file_location("forage_cpu_attention", Path(__file__).with_name("cpu_attention.py"))
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.install()
+
+
+if ENGINE_PACKAGES.is_dir() and str(ENGINE_PACKAGES) not in sys.path:
+    sys.path.append(str(ENGINE_PACKAGES))
+
+
 def quicken_decoding() -> None:
     """Let decoding copy whole rows of the KV cache, where SGLang's CPU attention gathers them number by number.
 
@@ -126,7 +133,7 @@ if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
     supply_kernel_names()
     _schemas = supply_torchvision_schemas()
     if __name__ == "__mp_main__":
-        quicken_decoding()
+        quicken_attention()
 
 if __name__ == "__main__":
     die_with_parent()

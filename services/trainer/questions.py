@@ -15,6 +15,9 @@ from services.contract.config import Config, ConfigError
 from services.contract.messages import PromptGroup, Question, Sampling
 from services.contract.transcript import build_prompt
 
+EVALUATION_DEADLINE_S = 7 * 86_400.0
+"""All questions of an evaluation are fed at once: the last of a large set waits for hours, and must not be given up for it."""
+
 
 def read_questions(path: Path) -> list[Question]:
     """Raises ConfigError naming file, line and fault."""
@@ -94,5 +97,5 @@ def make_group(config: Config, group_id: str, question: Question, version: int, 
         ),
         issued_version=version,
         issued_at=time.time(),
-        deadline_s=rollout.group_deadline_s,
+        deadline_s=EVALUATION_DEADLINE_S if evaluate else rollout.group_deadline_s,
     )

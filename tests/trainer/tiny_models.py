@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 VOCAB = 259
 """Odd, so that two tensor-parallel ranks must pad it."""
@@ -23,39 +24,19 @@ ROPE = {"rope_type": "default", "rope_theta": 50_000.0}
 TIED = {"llama-tied": True, "llama": False, "qwen2-tied": True, "qwen3": False}
 
 
-def transformers() -> Any:
-    """The library; where torchvision lies beside it without its compiled operators, these are declared first.
-
-    (transformers imports torchvision if it finds one, and that import fails without them.)
-    """
-    import importlib.util
-
-    if importlib.util.find_spec("torchvision") and not hasattr(torch.ops.torchvision, "nms"):
-        library = torch.library.Library("torchvision", "FRAGMENT")  # noqa: TOR901
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _kept.append(library)
-    import transformers
-
-    return transformers
-
-
-_kept: list[Any] = []
-
-
 def model_config(name: str) -> Any:
-    library = transformers()
     sizes = dict(SIZES, tie_word_embeddings=TIED[name], rope_parameters=ROPE)
     if name.startswith("qwen2"):
-        return library.Qwen2Config(**sizes, rms_norm_eps=1e-6)
+        return transformers.Qwen2Config(**sizes, rms_norm_eps=1e-6)
     if name.startswith("qwen3"):
-        return library.Qwen3Config(**sizes, rms_norm_eps=1e-6, head_dim=16)
-    return library.LlamaConfig(**sizes, rms_norm_eps=1e-5)
+        return transformers.Qwen3Config(**sizes, rms_norm_eps=1e-6, head_dim=16)
+    return transformers.LlamaConfig(**sizes, rms_norm_eps=1e-5)
 
 
 def save_tiny(name: str, folder: Path) -> Path:
     """A model whose norms and biases are random too, so that a wrong mapping of them cannot go unseen."""
     torch.manual_seed(7)
-    model = transformers().AutoModelForCausalLM.from_config(model_config(name), dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(model_config(name), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -64,7 +45,7 @@ def save_tiny(name: str, folder: Path) -> Path:
 
 
 def load_plain(folder: Path) -> torch.nn.Module:
-    return transformers().AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def row_values(count: int = 7, seed: int = 0) -> list[dict[str, Any]]:
