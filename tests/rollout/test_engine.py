@@ -6,8 +6,6 @@ import asyncio
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaForCausalLM
 
 from services.rollout.engine import Engine, EngineRefused, read_answer
 from services.rollout.engine_process import command_line, usable_context
@@ -15,7 +13,7 @@ from services.rollout.failures import EngineError, EngineStartError
 from services.rollout.tokens import Codec
 from tests.factories import make_sampling
 from tests.rollout.conftest import make_config
-from tests.rollout.tiny_model import QUESTION, RUNS_ON, TURNS, make_variant
+from tests.rollout.tiny_model import QUESTION, RUNS_ON, TURNS, make_variant, reference_logprobs
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 TOLERANCE = 1e-3
@@ -23,13 +21,6 @@ TOLERANCE = 1e-3
 
 def ids_of(codec: Codec, question: str = QUESTION) -> list[int]:
     return codec.prompt([{"role": "user", "content": question}])
-
-
-def reference_logprobs(model: Path, prompt: list[int], response: list[int], temperature: float) -> list[float]:
-    """What transformers gives the same tokens at this temperature."""
-    with torch.no_grad():
-        logits = LlamaForCausalLM.from_pretrained(model)(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-    return torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(response)[:, None])[:, 0].tolist()
 
 
 def far(found: list[float], expected: list[float]) -> float:

@@ -19,7 +19,7 @@ from services.rollout.failures import EngineError
 from tests.factories import make_group, make_sampling, make_trajectory
 from tests.rollout.conftest import Bench
 from tests.rollout.standins import StandInRetriever
-from tests.rollout.tiny_model import ANSWER, QUERY, make_variant
+from tests.rollout.tiny_model import ANSWER, QUERY, make_variant, reference_logprobs
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -46,6 +46,21 @@ async def test_a_group_is_played_stored_and_sent_for_grading(bench: Bench, retri
     assert [request["queries"] for request in retriever.requests] == [[QUERY]] * 3
     assert sorted(bench.requested()) == sent.trajectory_ids()
     bench.store.accounts().check()
+
+
+async def test_the_logprobs_of_whole_episodes_are_those_of_transformers(bench: Bench) -> None:
+    """All turns, also those that follow a cached prefix."""
+    bench.store.feed(group("warm", 4, temperature=1.4))
+    bench.store.feed(group("greedy", 1, temperature=0.0))
+    async with bench.worker():
+        await bench.until(lambda: bench.store.accounts().finished == 2)
+    trajectories = stored(bench, group("warm", 4)) + stored(bench, group("greedy", 1))
+    assert len(trajectories) == 5 and any(trajectory.searches for trajectory in trajectories)
+    for trajectory in trajectories:
+        temperature = trajectory.temperature or 1.0
+        expected = reference_logprobs(bench.model, trajectory.prompt_ids, trajectory.response_ids, temperature)
+        pairs = zip(trajectory.logprobs, expected, trajectory.loss_mask, strict=True)
+        assert max(abs(found - wanted) for found, wanted, ours in pairs if ours) < 1e-3
 
 
 async def test_only_missing_samples_are_played_and_all_are_sent_for_grading(bench: Bench) -> None:

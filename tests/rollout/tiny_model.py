@@ -47,6 +47,7 @@ def make_model(folder: Path) -> Path:
     """Write model and tokenizer to `folder`; takes a few seconds."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
+    end: Any = tokenizer.eos_token_id
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -57,8 +58,8 @@ def make_model(folder: Path) -> Path:
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         pad_token_id=0,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=end,
+        bos_token_id=end,
     )
     model: Any = LlamaForCausalLM(config)
     _train(model, tokenizer)
@@ -98,3 +99,10 @@ def make_variant(source: Path, folder: Path, scale: float) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (folder / name).write_bytes((source / name).read_bytes())
     assert json.loads((folder / "config.json").read_text())["vocab_size"]
+
+
+def reference_logprobs(model: Path, prompt: list[int], response: list[int], temperature: float) -> list[float]:
+    """What transformers gives the same tokens at this temperature."""
+    with torch.no_grad():
+        logits = LlamaForCausalLM.from_pretrained(model)(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    return torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(response)[:, None])[:, 0].tolist()
