@@ -22,10 +22,11 @@ from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from services.contract import transcript
+from services.contract.codec import Codec
 from services.contract.messages import PromptGroup, Sampling, Span, Status, Trajectory, VersionSpan
 from services.rollout.engine import Generation
 from services.rollout.retrieval import Passages
-from services.rollout.tokens import Codec, fit_observation
+from services.rollout.tokens import fit_observation
 
 Generate = Callable[[list[int], Sampling, int], Awaitable[Generation]]
 """(input ids, sampling, max_new_tokens) -> one turn."""

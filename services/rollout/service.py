@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from services.contract.codec import Codec
 from services.contract.config import Config, ConfigError
 from services.contract.groups import GroupStore
 from services.contract.policy import PolicyBoard
@@ -26,7 +27,6 @@ from services.rollout.grading import Grading
 from services.rollout.policy_watcher import PolicyWatcher, RunInThread
 from services.rollout.retrieval import Retriever
 from services.rollout.supervisor import Supervisor
-from services.rollout.tokens import Codec
 from services.rollout.worker import GOODBYE_S, Worker
 
 logger = logging.getLogger("rollout")

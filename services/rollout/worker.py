@@ -39,7 +39,7 @@ logger = logging.getLogger("worker")
 BLOCK_MS = 500
 IDLE_S = 0.1
 CLAIM_COUNT = 10
-GOODBYE_S = 10.0
+GOODBYE_S = 5.0
 """Time to hand groups back; a Redis that is away must not hold up the shutdown."""
 
 T = TypeVar("T")
@@ -216,6 +216,8 @@ class Worker:
             playing.task.cancel()
         await asyncio.gather(*(playing.task for playing in rest), return_exceptions=True)
         handed = [self._run(self.store.hand_back, playing.lease) for playing in rest if playing.task.cancelled()]
+        if not handed:
+            return
         try:
             back = await asyncio.wait_for(asyncio.gather(*handed), GOODBYE_S)
         except TimeoutError:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
+from services.contract.codec import Codec
 from services.contract.config import Config, ConfigError
 from services.contract.messages import Demonstration
 from services.contract.transcript import build_prompt
@@ -28,21 +28,14 @@ def read_demonstrations(path: Path) -> list[Demonstration]:
     return found
 
 
-def render_prompt(tokenizer: Any, prompt: list[dict[str, str]] | str) -> list[int]:
-    """Token ids of a prompt, the same way as the rollout renders it."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt, add_special_tokens=True)["input_ids"]
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
-
-
-def demonstration_row(config: Config, tokenizer: Any, demonstration: Demonstration) -> Row:
+def demonstration_row(config: Config, codec: Codec, demonstration: Demonstration) -> Row:
     """The prompt and the segments as tokens; only the model's segments are learned."""
     data = config.data
-    prompt = render_prompt(tokenizer, build_prompt(demonstration.question, data.instruction, data.system, data.chat_template))
+    prompt = codec.prompt(build_prompt(demonstration.question, data.instruction, data.system, data.chat_template))
     response: list[int] = []
     mask: list[int] = []
     for segment in demonstration.segments:
-        ids = tokenizer(segment.text, add_special_tokens=False)["input_ids"]
+        ids = codec.encode(segment.text)
         response += ids
         mask += [int(segment.kind == "model")] * len(ids)
     room = config.model.max_context - len(prompt)

@@ -53,7 +53,7 @@ def warm_start(run: Run) -> None:
     settings = run.config.trainer.warm_start
     if not settings.epochs:
         return
-    rows = [demonstration_row(run.config, run.tokenizer, d) for d in read_demonstrations(run.config.data.demonstrations_path)]
+    rows = [demonstration_row(run.config, run.codec, d) for d in read_demonstrations(run.config.data.demonstrations_path)]
     todo = batches(rows, settings.batch_size, settings.epochs, run.config.run.seed)
     for batch in todo[run.ledger.warm_step :]:
         step, started = run.ledger.warm_step + 1, time.monotonic()

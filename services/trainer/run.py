@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from transformers import AutoTokenizer
 
+from services.contract.codec import Codec
 from services.contract.config import Config
 from services.contract.groups import GroupStore
 from services.contract.policy import PolicyBoard
@@ -74,7 +74,7 @@ class Run:
         self.folder = config.run.folder
         self.stop = StopFlag()
         self.stop.install()
-        self.tokenizer = AutoTokenizer.from_pretrained(config.model_path)
+        self.codec = Codec.load(config.model_path)
         self.learner = Learner(config, config.model_path)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.trainer.keep_checkpoints)
         self.ledger = self._restore()

@@ -13,6 +13,7 @@ import pytest
 import pytest_asyncio
 import redis
 
+from services.contract.codec import Codec
 from services.contract.config import Config
 from services.contract.groups import GroupStore
 from services.contract.policy import PolicyBoard, PolicyVersion
@@ -23,7 +24,6 @@ from services.rollout.grading import Grading
 from services.rollout.policy_watcher import PolicyWatcher
 from services.rollout.retrieval import Retriever
 from services.rollout.service import run_in
-from services.rollout.tokens import Codec
 from services.rollout.worker import Worker
 from tests.rollout.standins import StandInRetriever
 from tests.rollout.tiny_model import make_model

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from services.contract.codec import Codec
 from services.contract.messages import PassageRef, Sampling, VersionSpan
 from services.rollout.engine import Finish, Generation
 from services.rollout.retrieval import Passages
-from services.rollout.tokens import Codec
 from tests.rollout.tiny_model import PASSAGES
 
 

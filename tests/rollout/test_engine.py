@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from services.contract.codec import Codec
 from services.rollout.engine import Engine, EngineRefused, read_answer
 from services.rollout.engine_process import command_line, usable_context
 from services.rollout.failures import EngineError, EngineStartError
-from services.rollout.tokens import Codec
 from tests.factories import make_sampling
 from tests.rollout.conftest import make_config
 from tests.rollout.tiny_model import QUESTION, RUNS_ON, TURNS, make_variant, reference_logprobs

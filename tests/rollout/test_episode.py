@@ -9,11 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.contract import transcript
+from services.contract.codec import Codec
 from services.contract.messages import Trajectory, VersionSpan
 from services.rollout.engine import Generation
 from services.rollout.episode import STATUS, Player, play_episode
 from services.rollout.failures import EngineError, RetrieverError
-from services.rollout.tokens import Codec, fit_observation, prompt_ids
+from services.rollout.tokens import fit_observation, prompt_ids
 from tests.factories import make_group, make_sampling
 from tests.rollout.standins import ScriptedModel, ScriptedRetriever
 from tests.rollout.tiny_model import ANSWER, PASSAGES, QUERY, TURNS

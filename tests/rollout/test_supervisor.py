@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,6 +95,10 @@ class EngineStandIn:
         return "its log"
 
 
+def write_whole(folder: Path) -> None:
+    (folder / "weights").write_bytes(b"whole")
+
+
 def make_supervisor(bench: Bench, engine: EngineStandIn, monkeypatch: pytest.MonkeyPatch) -> tuple[Supervisor, PolicyWatcher]:
     monkeypatch.setattr("services.rollout.supervisor.FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr("services.rollout.supervisor.POLL_S", 0.01)
@@ -140,7 +145,7 @@ async def test_an_engine_starts_with_the_current_version_once_it_is_whole(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = bench.config.weights_folder
-    path = weights.publish(root, 2, 0, lambda folder: (folder / "weights").write_bytes(b"whole") and None)
+    path = weights.publish(root, 2, 0, write_whole)
     (path / "weights").write_bytes(b"torn.")
     bench.board.commit(PolicyVersion(2, str(path)))
     engine = EngineStandIn()
@@ -162,7 +167,7 @@ async def test_without_a_policy_on_the_board_the_configured_model_is_version_0(
 
 
 async def test_the_trainers_path_of_the_volume_need_not_be_ours(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = weights.publish(bench.config.weights_folder, 3, 0, lambda folder: (folder / "w").write_bytes(b"x") and None)
+    ours = weights.publish(bench.config.weights_folder, 3, 0, write_whole)
     bench.board.commit(PolicyVersion(3, "/elsewhere/weights/test/v000003"))
     _, watcher = make_supervisor(bench, EngineStandIn(), monkeypatch)
     assert await watcher.starting_policy() == (ours, 3)
