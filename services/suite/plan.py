@@ -61,8 +61,10 @@ def make_plan(config: Config, config_path: str, folder: Path, redis_port: int, r
 
 def _redis(folder: Path, port: int) -> Service:
     folder.mkdir(parents=True, exist_ok=True)
-    options = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--appendonly", "yes", "--save", ""]
-    options += ["--maxmemory-policy", "noeviction", "--loglevel", "warning", "--logfile", "redis.log"]
+    settings = {"port": port, "bind": "127.0.0.1", "dir": folder, "logfile": "redis.log", "loglevel": "warning"}
+    # A write that was answered is on the disk: the streams are the run's memory, and they are small.
+    settings |= {"appendonly": "yes", "appendfsync": "always", "save": "", "maxmemory-policy": "noeviction"}
+    options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     return Service("redis", [redis_binary(), *options], is_ready=lambda: _pings(port))
 
 

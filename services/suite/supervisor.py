@@ -24,6 +24,8 @@ logger = logging.getLogger("suite")
 POLL_S = 0.3
 RESTARTS = 3
 RESTART_WAIT_S = 2.0
+LASTED_S = 600.0
+"""A service that ran for so long is not in a crash loop: its failures are counted from the beginning again."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -37,6 +39,7 @@ class Supervisor:
         self.processes: dict[str, subprocess.Popen] = {}
         self._ready: set[str] = set()
         self._failures: dict[str, int] = {}
+        self._started: dict[str, float] = {}
         self._stop = threading.Event()
 
     def request_stop(self) -> None:
@@ -73,6 +76,7 @@ class Supervisor:
         heartbeat = service.environment.get("FORAGE_HEARTBEAT_FILE")
         if heartbeat:
             Path(heartbeat).unlink(missing_ok=True)  # an old one would call the new process ready
+        self._started[service.name] = time.monotonic()
         self.processes[service.name] = subprocess.Popen(
             service.command,
             env=self.environment | service.environment,
@@ -96,7 +100,8 @@ class Supervisor:
             self.on_ready()
 
     def _failed(self, service: Service, code: int) -> None:
-        failures = self._failures[service.name] = self._failures.get(service.name, 0) + 1
+        lasted = time.monotonic() - self._started[service.name] > LASTED_S
+        failures = self._failures[service.name] = 1 if lasted else self._failures.get(service.name, 0) + 1
         self._ready.discard(service.name)
         kill_group(self.processes.pop(service.name))
         if code == 2 or failures > RESTARTS:  # 2: its configuration cannot be used; another start would say the same
@@ -122,16 +127,6 @@ def kill_group(process: subprocess.Popen) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float) -> bool:
-    """Poll until true; False after `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(POLL_S)
-    return True
 
 
 def _ending(code: int) -> str:

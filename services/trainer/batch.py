@@ -46,7 +46,7 @@ class Batches:
         wanted, batch = self.config.trainer.groups_per_step, []
         while len(batch) < wanted:
             self.feed()
-            groups, dead = self.collector.wait(self._size, wanted - len(batch))
+            groups, dead = self.collector.wait(self._size, wanted - len(batch), on_idle=self.feed)
             for letter in dead:
                 self._give_up(letter.group_id, letter.reason)
             batch += [group for group in groups if self._fresh_enough(group)]

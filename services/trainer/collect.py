@@ -20,6 +20,7 @@ logger = logging.getLogger("trainer")
 
 READ_COUNT = 512
 BLOCK_MS = 500
+IDLE_S = 15.0
 
 
 class CollectTimeout(Exception):
@@ -53,29 +54,32 @@ class Collector:
         self._read_pending()
 
     def wait(
-        self, size: Callable[[str], int | None], count: int, progress: Callable[[int], None] | None = None
+        self, size: Callable[[str], int | None], count: int, on_idle: Callable[[], object]
     ) -> tuple[list[CompleteGroup], list[DeadLetter]]:
         """`count` groups, finished or dead, of those whose `size(group_id)` says how many samples they have; None: not now.
 
+        `on_idle` is called whenever nothing has come for IDLE_S: it feeds again what a Redis that lost its last writes forgot.
         Raises CollectTimeout.
         """
         dead: list[DeadLetter] = []
-        heard = time.monotonic()
+        heard = nudged = time.monotonic()
         while True:
             ready = [g for g, notices in self._notices.items() if (n := size(g)) is not None and len(notices) >= n]
             if len(ready) + len(dead) >= count:
-                return self._take(sorted(ready)[: count - len(dead)]), dead
+                return self._take(sorted(ready)[: max(0, count - len(dead))]), dead
             self.check_stop()
             fresh = self.store.read_graded(READ_COUNT, BLOCK_MS)
             letters = [letter for letter in self.store.read_dead() if size(letter.group_id) is not None]
             dead += letters
             self._keep(fresh)
+            now = time.monotonic()
             if fresh or letters:
-                heard = time.monotonic()
-            elif time.monotonic() - heard > self.timeout_s:
+                heard = nudged = now
+            elif now - heard > self.timeout_s:
                 raise CollectTimeout(self._report())
-            if progress:
-                progress(len(ready) + len(dead))
+            elif now - nudged > IDLE_S:
+                on_idle()
+                nudged = now
 
     def discard(self, keep: Callable[[str], bool]) -> None:
         """Release groups that nobody will ask for: those of an evaluation that was over, or consumed before a crash."""

@@ -36,8 +36,6 @@ class Evaluator:
         """Scores of `version`. Questions whose group was given up count as wrong, and are told about."""
         started = time.monotonic()
         wanted = {evaluation_group_id(label, version, i): q for i, q in enumerate(self.questions)}
-        for group_id, question in wanted.items():
-            self.store.feed(make_group(self.config, group_id, question, version, evaluate=True))
         played = self._collect(label, version, wanted)
         self._write_transcripts(label, step, wanted, played)
         return _score(label, version, step, wanted, played, time.monotonic() - started)
@@ -45,16 +43,21 @@ class Evaluator:
     def _collect(self, label: str, version: int, wanted: dict[str, Question]) -> dict[str, Trajectory]:
         played: dict[str, Trajectory] = {}
         missing = set(wanted)
+
+        def feed() -> None:
+            for group_id in sorted(missing):
+                self.store.feed(make_group(self.config, group_id, wanted[group_id], version, evaluate=True))
+
+        feed()
         with Progress(f"evaluating ({label})", len(wanted), "questions") as bar:
             while missing:
-                groups, dead = self.collector.wait(lambda g: 1 if g in missing else None, 1)
+                groups, dead = self.collector.wait(lambda g: 1 if g in missing else None, 1, on_idle=feed)
                 for group in groups:
                     trajectory = group.trajectories[0]
                     self.store.release(group.group_id, [trajectory.id], group.entry_ids)
                     if trajectory.lowest_version not in (version, -1):
                         logger.info("%s was answered by version %d: asking again", group.group_id, trajectory.lowest_version)
-                        question = wanted[group.group_id]
-                        self.store.feed(make_group(self.config, group.group_id, question, version, evaluate=True))
+                        feed()
                         continue
                     played[group.group_id] = trajectory
                     missing.discard(group.group_id)

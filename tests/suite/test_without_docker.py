@@ -165,7 +165,7 @@ def test_a_finished_run_started_again_prints_its_table_and_trains_nothing(finish
     assert (finished.run / "metrics.jsonl").read_text() == before
 
 
-def test_a_worker_and_the_trainer_killed_in_the_middle_and_ctrl_c_lose_nothing(tmp_path: Path) -> None:
+def test_worker_trainer_and_redis_killed_in_the_middle_and_ctrl_c_lose_nothing(tmp_path: Path) -> None:
     suite = Suite(tmp_path)
     more = {"FORAGE_TRAINER__STEPS": "4", "FORAGE_TRAINER__WARM_START__EPOCHS": "0"}
     try:
@@ -175,6 +175,7 @@ def test_a_worker_and_the_trainer_killed_in_the_middle_and_ctrl_c_lose_nothing(t
         suite.wait_for_text("step 2/4")
         suite.find("trainer").send_signal(signal.SIGKILL)
         suite.wait_for_text("resumed from")
+        next(p for p in suite.descendants() if p.cmdline()[0].endswith("-server")).send_signal(signal.SIGKILL)
         suite.wait_for_text("step 3/4")
         os.kill(suite.process.pid, signal.SIGINT)  # type: ignore[union-attr]
         assert suite.wait(120) == 0

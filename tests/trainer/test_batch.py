@@ -11,6 +11,7 @@ import redis
 from services.contract.config import Config
 from services.contract.groups import GroupStore, Lease
 from services.contract.messages import Question
+from services.trainer import collect
 from services.trainer.batch import Batches
 from services.trainer.collect import Collector, CollectTimeout
 from services.trainer.ledger import Ledger
@@ -168,6 +169,18 @@ def test_a_group_that_lost_a_body_is_fed_again(store: GroupStore) -> None:
     play_all(store, version=0)
     store.client.delete(store.keys.trajectory("t00000001/0"))
     worker = threading.Timer(0.5, play_all, [store, 0])
+    worker.start()
+    groups = batches.next_batch()
+    worker.join()
+    assert [g.group_id for g in groups] == ["t00000000", "t00000001", "t00000002"]
+
+
+def test_groups_that_redis_forgot_are_fed_again(store: GroupStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect, "IDLE_S", 0.5)
+    batches = make_batches(store, Ledger())
+    batches.feed()
+    threading.Timer(0.3, store.client.flushall).start()
+    worker = threading.Timer(2.5, play_all, [store, 0])
     worker.start()
     groups = batches.next_batch()
     worker.join()

@@ -1,0 +1,104 @@
+"""The moves of a group as Lua scripts: each checks before it acts, in one step, so that it may be sent twice. See groups.py."""
+
+# KEYS: states, prompts, counters. ARGV: group id, body.
+FEED = """
+if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 1 then return 0 end
+local id = redis.call('XADD', KEYS[2], '*', 'body', ARGV[2])
+redis.call('HSET', KEYS[1], ARGV[1], 'fed ' .. id)
+redis.call('HINCRBY', KEYS[3], 'fed', 1)
+return 1
+"""
+
+# KEYS: prompts, states. ARGV: consumer group, entry id, new body, group id. Only the holder of a pending entry may move it.
+REQUEUE = """
+if redis.call('XACK', KEYS[1], ARGV[1], ARGV[2]) == 0 then return 0 end
+redis.call('XDEL', KEYS[1], ARGV[2])
+local id = redis.call('XADD', KEYS[1], '*', 'body', ARGV[3])
+redis.call('HSET', KEYS[2], ARGV[4], 'fed ' .. id)
+return 1
+"""
+
+# KEYS: prompts, states. ARGV: consumer group, entry id, group id, samples.
+FINISH = """
+if redis.call('XACK', KEYS[1], ARGV[1], ARGV[2]) == 0 then return 0 end
+redis.call('XDEL', KEYS[1], ARGV[2])
+redis.call('HSET', KEYS[2], ARGV[3], 'finished ' .. ARGV[4])
+return 1
+"""
+
+# KEYS: prompts, states, dead, counters, graded_samples, trajectories... ARGV: consumer group, entry id, group id, letter.
+DIE = """
+if redis.call('XACK', KEYS[1], ARGV[1], ARGV[2]) == 0 then return 0 end
+redis.call('XDEL', KEYS[1], ARGV[2])
+redis.call('HDEL', KEYS[2], ARGV[3])
+redis.call('HDEL', KEYS[5], ARGV[3])
+redis.call('XADD', KEYS[3], '*', 'body', ARGV[4])
+redis.call('HINCRBY', KEYS[4], 'dead', 1)
+for i = 6, #KEYS do redis.call('DEL', KEYS[i]) end
+return 1
+"""
+
+# KEYS: trajectory, graded, graded_samples. ARGV: the body that was graded, the body with its reward, notice, group id.
+GRADE = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[2])
+redis.call('XADD', KEYS[2], '*', 'body', ARGV[3])
+redis.call('HINCRBY', KEYS[3], ARGV[4], 1)
+return 1
+"""
+
+# All samples may be stored and graded before the worker gets to `finish`: then its lease is ended here.
+_END_LEASE = """
+local function end_lease(states, prompts, consumers, group)
+  local id = string.match(redis.call('HGET', states, group) or '', '^fed (.+)$')
+  if id then
+    redis.call('XACK', prompts, consumers, id)
+    redis.call('XDEL', prompts, id)
+  end
+end
+"""
+
+# KEYS: states, prompts. ARGV: consumer group of prompts, group id.
+COLLECT = (
+    _END_LEASE
+    + """
+if redis.call('HEXISTS', KEYS[1], ARGV[2]) == 0 then return 0 end
+end_lease(KEYS[1], KEYS[2], ARGV[1], ARGV[2])
+redis.call('HSET', KEYS[1], ARGV[2], 'collected')
+return 1
+"""
+)
+
+# KEYS: states, counters, graded, graded_samples, prompts, trajectories...
+# ARGV: consumer group of graded, group id, consumer group of prompts, graded entry ids...
+RELEASE = (
+    _END_LEASE
+    + """
+for i = 4, #ARGV do
+  redis.call('XACK', KEYS[3], ARGV[1], ARGV[i])
+  redis.call('XDEL', KEYS[3], ARGV[i])
+end
+for i = 6, #KEYS do redis.call('DEL', KEYS[i]) end
+end_lease(KEYS[1], KEYS[5], ARGV[3], ARGV[2])
+redis.call('HDEL', KEYS[4], ARGV[2])
+if redis.call('HDEL', KEYS[1], ARGV[2]) == 0 then return 0 end
+redis.call('HINCRBY', KEYS[2], 'released', 1)
+return 1
+"""
+)
+
+# KEYS: states, prompts, counters, graded_samples. ARGV: rollout consumer group. One instant's picture of all groups.
+ACCOUNTS = """
+local out = {}
+local flat = redis.call('HGETALL', KEYS[1])
+for i = 1, #flat, 2 do
+  local graded = redis.call('HGET', KEYS[4], flat[i]) or '0'
+  table.insert(out, flat[i]); table.insert(out, flat[i + 1]); table.insert(out, graded)
+end
+local pending = redis.call('XPENDING', KEYS[2], ARGV[1])[1]
+local counters = {}
+for _, name in ipairs({'fed', 'dead', 'released'}) do
+  table.insert(counters, redis.call('HGET', KEYS[3], name) or '0')
+end
+return {out, pending, redis.call('XLEN', KEYS[2]), counters}
+"""
