@@ -18,7 +18,18 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 PREFIX = "FORAGE_"
-NOT_SETTINGS = frozenset({"FORAGE_CONFIG", "FORAGE_HEARTBEAT_FILE", "FORAGE_LOG_LEVEL"})
+NOT_SETTINGS = frozenset(
+    {
+        "FORAGE_CONFIG",
+        "FORAGE_HEARTBEAT_FILE",
+        "FORAGE_LOG_LEVEL",
+        "FORAGE_REDIS_PASSWORD",
+        "FORAGE_REDIS_PORT",
+        "FORAGE_RETRIEVER_PORT",
+        "FORAGE_VENV",
+        "FORAGE_WHEELS",
+    }
+)
 """Variables that begin with the prefix and are read by the launchers, not by this module."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,10 @@ def test_a_missing_file_and_a_broken_one_are_told_apart(tmp_path: Path) -> None:
 def test_a_configuration_cannot_be_changed_after_the_start() -> None:
     with pytest.raises(ValidationError):
         Config().run.name = "other"  # type: ignore[misc]
+
+
+def test_every_variable_of_the_launchers_may_be_set_beside_the_settings() -> None:
+    files = ["forage", ".env.example", "docker-compose.yml", ".ci/run", *Path("services").glob("*/Dockerfile")]
+    named = {name for file in files for name in re.findall(r"FORAGE_[A-Z_]+", Path(file).read_text()) if "__" not in name}
+    assert {"FORAGE_WHEELS", "FORAGE_REDIS_PASSWORD", "FORAGE_CONFIG"} <= named
+    load_config(None, environment=dict.fromkeys(named, "7"))
