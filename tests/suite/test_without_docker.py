@@ -175,7 +175,7 @@ def test_worker_trainer_and_redis_killed_in_the_middle_and_ctrl_c_lose_nothing(t
         suite.wait_for_text("step 2/4")
         suite.find("trainer").send_signal(signal.SIGKILL)
         suite.wait_for_text("resumed from")
-        next(p for p in suite.descendants() if p.cmdline()[0].endswith("-server")).send_signal(signal.SIGKILL)
+        next(p for p in suite.descendants() if p.name() in ("redis-server", "valkey-server")).send_signal(signal.SIGKILL)
         suite.wait_for_text("step 3/4")
         os.kill(suite.process.pid, signal.SIGINT)  # type: ignore[union-attr]
         assert suite.wait(120) == 0
