@@ -75,9 +75,6 @@ class Ledger(msgspec.Struct):
     def finish_stage(self, stage: Stage) -> None:
         self.stage = STAGES[STAGES.index(stage) + 1]
 
-    def evaluation(self, label: str) -> Evaluation | None:
-        return next((e for e in self.evaluations if e.label == label), None)
-
 
 class Checkpoints:
     """The checkpoints of one run, numbered by a serial that only rises."""

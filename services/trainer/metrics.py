@@ -10,6 +10,7 @@ from typing import Any
 
 from services.contract.messages import Trajectory
 from services.trainer.collect import CompleteGroup
+from services.trainer.objective.advantages import zero_variance
 
 logger = logging.getLogger("trainer")
 
@@ -27,7 +28,7 @@ def rollout_metrics(groups: list[CompleteGroup], version: int) -> dict[str, floa
         "model_tokens": fmean(model_tokens),
         "model_tokens_total": float(sum(model_tokens)),
         "truncated": fmean(t.status == "truncated" for t in trajectories),
-        "zero_variance_groups": fmean(len(set(group.rewards)) == 1 for group in groups),
+        "zero_variance_groups": fmean(zero_variance(group.rewards) for group in groups),
         "staleness": fmean(version - t.lowest_version for t in trajectories if t.lowest_version >= 0),
         "staleness_max": float(max(group.staleness(version) for group in groups)),
     }
