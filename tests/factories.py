@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -38,7 +37,6 @@ def make_group(group_id: str = "t0", samples: int = 2, **changes: object) -> Pro
         samples=samples,
         sampling=make_sampling(),
         issued_version=0,
-        issued_at=time.time(),
         deadline_s=600.0,
     )
     return msgspec.structs.replace(base, **changes)

@@ -219,7 +219,7 @@ class RolloutConfig(Section):
     lease_s: Seconds = 60
     """A group whose worker has shown no sign of life for so long is claimed by another worker."""
     group_deadline_s: Seconds = 1800
-    """A group older than this is given up and reported dead."""
+    """A worker that has not finished a group after so long counts it as a failed attempt."""
     max_attempts: Positive = 3
     request_timeout_s: Seconds = 300
     retrieval_timeout_s: Seconds = 30

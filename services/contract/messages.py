@@ -63,9 +63,8 @@ class PromptGroup(msgspec.Struct, frozen=True):
     samples: int
     sampling: Sampling
     issued_version: int
-    issued_at: float
-    """Unix seconds."""
     deadline_s: float
+    """Seconds that one attempt may take, from the moment a worker takes the group. Waiting in the stream costs nothing."""
     attempt: int = 1
 
     def trajectory_ids(self) -> list[str]:

@@ -4,8 +4,8 @@
 |------------------------------------------|--------------------------------------------------------------------------|
 | every sample is stored                   | asks again for all to be graded, then `finish`                           |
 | a sample failed for want of infrastructure | lets the others finish and stores them, then `fail`: again, or dead    |
+| it is not finished within its deadline   | breaks off what is being played, then `fail`; what is stored stays       |
 | anything else went wrong                 | `bury` at once, with the reason                                          |
-| it is older than its deadline            | `bury`                                                                   |
 | its policy version cannot be loaded here | `hand_back`                                                              |
 | another worker has claimed it            | drops it without a word to Redis                                         |
 | SIGTERM, and the grace period is over    | `hand_back`; what is stored stays                                        |
@@ -119,9 +119,8 @@ class Worker:
     async def _play_group(self, lease: Lease) -> None:
         """Play it and tell Redis how it went: the table above."""
         group = lease.group
-        remaining_s = group.issued_at + group.deadline_s - time.time()
         try:
-            async with asyncio.timeout(max(remaining_s, 0)):
+            async with asyncio.timeout(group.deadline_s):
                 ended = self.store.finish if await self._play_samples(group) else self.store.hand_back
             await to_the_end(self._run(ended, lease))
         except InfrastructureError as error:
@@ -129,7 +128,7 @@ class Worker:
         except RedisAway:
             raise
         except TimeoutError:  # this one's own: engine and retriever turn theirs into InfrastructureError
-            await self._bury(lease, f"deadline: not finished within {group.deadline_s:.0f} s of being issued")
+            await self._fail(lease, f"deadline: not finished within {group.deadline_s:.0f} s of being taken")
         except Exception as error:
             logger.debug("group %s", group.group_id, exc_info=True)
             await self._bury(lease, f"{type(error).__name__}: {error}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections import defaultdict
 from functools import lru_cache
 from itertools import chain, zip_longest
@@ -14,9 +13,6 @@ import msgspec
 from services.contract.config import Config, ConfigError
 from services.contract.messages import PromptGroup, Question, Sampling
 from services.contract.transcript import build_prompt
-
-EVALUATION_DEADLINE_S = 7 * 86_400.0
-"""All questions of an evaluation are fed at once: the last of a large set waits for hours, and must not be given up for it."""
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -96,6 +92,5 @@ def make_group(config: Config, group_id: str, question: Question, version: int, 
             topk=rollout.topk,
         ),
         issued_version=version,
-        issued_at=time.time(),
-        deadline_s=EVALUATION_DEADLINE_S if evaluate else rollout.group_deadline_s,
+        deadline_s=rollout.group_deadline_s,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +172,6 @@ async def test_an_aborted_turn_is_played_again_and_never_stored(bench: Bench) ->
     [
         ({"prompt": "word " * 600}, "ValueError: the prompt of capital:1 has .* tokens.*raise model.max_context"),
         ({"top_p": 2.0}, "EngineRefused: .*top_p"),
-        ({"issued_at": time.time() - 700}, "deadline: not finished within 600 s"),
     ],
 )
 async def test_what_a_second_try_cannot_mend_is_dead_at_once(bench: Bench, changes: dict[str, Any], reason: str) -> None:
@@ -185,11 +183,22 @@ async def test_what_a_second_try_cannot_mend_is_dead_at_once(bench: Bench, chang
     assert re.search(reason, letter.reason), letter.reason
 
 
-async def test_a_group_whose_deadline_passes_while_it_is_played_is_dead(bench: Bench, retriever: StandInRetriever) -> None:
+async def test_a_deadline_that_passes_costs_an_attempt(bench: Bench, retriever: StandInRetriever) -> None:
     retriever.delay_s = 5.0
-    bench.store.feed(group(samples=1, temperature=0.0, deadline_s=1.0, issued_at=time.time()))
+    bench.store.feed(group(samples=1, temperature=0.0, deadline_s=1.0))
+    async with bench.worker(max_attempts=2):
+        await bench.until(lambda: bench.store.accounts().dead, 8)
+    (letter,) = bench.store.read_dead()
+    assert letter.attempts == 2
+    assert letter.reason == "deadline: not finished within 1 s of being taken"
+
+
+async def test_waiting_in_the_stream_does_not_count_towards_the_deadline(bench: Bench) -> None:
+    bench.store.feed(group(samples=1, temperature=0.0, deadline_s=2.0))
+    await asyncio.sleep(2.5)
     async with bench.worker():
-        await bench.until(lambda: bench.store.accounts().dead, 4)
+        await bench.until(lambda: bench.store.accounts().finished)
+    assert bench.store.accounts().dead == 0
 
 
 async def test_episodes_in_flight_stay_within_the_concurrency(bench: Bench, retriever: StandInRetriever) -> None:
