@@ -37,8 +37,10 @@ def draw(folder: Path, target: Path) -> None:
     left.plot(*zip(*points, strict=True), "o-", color="#e6550d", label="held-out countries, greedy")
     for step, value in points:
         left.annotate(f"{value:.1f}", (step, value), textcoords="offset points", xytext=(0, 7), ha="center", color="#e6550d")
+    left.margins(0.08, 0.1)
+    left.set_ylim(0, 1.5 * max(*matches, *(value for _, value in points)))
     left.set(title="exact match, %", xlabel="GRPO step")
-    left.legend(fontsize=8, loc="lower right")
+    left.legend(fontsize=8, loc="upper left")
     middle.plot(steps, [row["searches"] for row in rows["grpo"]], color="#31a354", label="searches per episode")
     middle.plot(steps, [row["format"] for row in rows["grpo"]], color="#756bb1", label="share that keeps the format")
     middle.plot(steps, [row["zero_variance_groups"] for row in rows["grpo"]], color="#bdbdbd", label="groups without variance")
