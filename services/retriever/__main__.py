@@ -1,31 +1,61 @@
-"""`python -m services.retriever index --config C` builds the index; `serve` answers from it."""
+"""`python -m services.retriever index build --config C` builds the index, `index check` and `index import` judge one and adopt
+one; `serve` answers from it."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from services.contract.config import Config, ConfigError, load_config
+from services.contract.config import ConfigError, load_config
 from services.contract.telemetry import configure_logging
-from services.retriever.errors import RetrieverError
-
-if TYPE_CHECKING:
-    from services.retriever.backend import DenseBackend, Say
+from services.retriever.errors import IndexMismatch, RetrieverError
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+indexes = typer.Typer(no_args_is_help=True, help="Build the index, check it, or adopt a published one.")
+cli.add_typer(indexes, name="index")
 
 ConfigPath = Annotated[Path | None, typer.Option("--config", envvar="FORAGE_CONFIG", help="TOML file of the run.")]
 
 
-@cli.command()
-def index(config: ConfigPath = None) -> None:
-    """Embed the corpus and build the index; nothing to do when it is there and whole."""
-    from services.retriever.build import build_index
+@indexes.command()
+def build(config: ConfigPath = None) -> None:
+    """Build what retriever.backends needs: embeddings with their index, the BM25 index. What is there and whole is left alone."""
+    settings = load_config(config)
+    backends = set(settings.retriever.backends)
+    if backends & {"dense", "hybrid"}:
+        from services.retriever.build import build_index
 
-    build_index(load_config(config))
+        build_index(settings)
+    if backends & {"bm25", "hybrid"} and settings.retriever.bm25.index is None:
+        from services.retriever.bm25_build import build_bm25
+
+        build_bm25(settings)
+
+
+@indexes.command()
+def check(config: ConfigPath = None) -> None:
+    """Whether the dense index is whole, of this corpus and encoder, and finds what was put in. Exit code 1 if not."""
+    from services.retriever.check import check_index
+
+    settings = load_config(config)
+    if problems := check_index(settings):
+        folder = settings.data.index_folder
+        raise IndexMismatch(f"{folder}: {'; '.join(problems)}. Rebuild it: {rebuild_command(config)}")
+    print(f"{settings.data.index_folder}: whole, of this corpus and this encoder; sampled passages find themselves")
+
+
+@indexes.command("import")
+def import_(
+    parts: Annotated[list[Path], typer.Argument(help="A FAISS index file, or its parts in their order.")],
+    config: ConfigPath = None,
+) -> None:
+    """Adopt a published FAISS index, such as Search-R1's e5_Flat.index, after checking that it is of this corpus and encoder."""
+    from services.retriever.adopt import import_index
+
+    import_index(load_config(config), parts)
 
 
 @cli.command()
@@ -35,21 +65,16 @@ def serve(
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Instead of retriever.port.")] = None,
 ) -> None:
     """Answer /retrieve. /health answers at once, /ready when the index is loaded."""
+    from services.retriever.loading import loaders
     from services.retriever.serve import serve as run_server
 
     settings = load_config(config)
     changes = {name: value for name, value in {"host": host, "port": port}.items() if value is not None}
-    run_server(settings.retriever.model_copy(update=changes), lambda say: _load(settings, config, say))
-
-
-def _load(settings: Config, path: Path | None, say: Say) -> DenseBackend:
-    from services.retriever.backend import load_dense  # torch and faiss: seconds, so in the background
-
-    return load_dense(settings, rebuild_command(path), say)
+    run_server(settings.retriever.model_copy(update=changes), loaders(settings, rebuild_command(config)))
 
 
 def rebuild_command(config: Path | None) -> str:
-    return "python -m services.retriever index" + (f" --config {config}" if config else "")
+    return "python -m services.retriever index build" + (f" --config {config}" if config else "")
 
 
 def main() -> None:

@@ -5,7 +5,8 @@
 | a body that breaks type or limit               | 422    | `detail`: [{loc, msg, type}]               |
 | loading, failed to load, shutting down         | 503    | `detail`, Retry-After                      |
 | queue full                                     | 503    | `detail`, Retry-After                      |
-| encoding or searching raised                   | 500    | `detail`: the reason; never an empty list  |
+| `deadline_ms` passed                           | 504    | `detail`                                   |
+| encoding, searching, a web provider failed     | 502    | `detail`: the reason; never an empty list  |
 | else                                           | 200    | `result`: per query, in order, best first  |
 
 The shape of an item depends on `return_scores` alone.
@@ -15,31 +16,49 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import msgspec
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import ValidationError
 
 from services.contract.config import RetrieverConfig
-from services.retriever.errors import BackendFailure, NotReady, QueueFull
+from services.retriever.errors import BackendFailure, DeadlinePassed, NotReady, QueueFull
 from services.retriever.metrics import Metrics
-from services.retriever.owner import Owner
+from services.retriever.passages import Passage, render
 from services.retriever.requests import RetrieveRequest, max_body_bytes, problem, problems, request_model
-
-if TYPE_CHECKING:
-    from services.retriever.backend import Backend, Say
-    from services.retriever.corpus import Corpus
-    from services.retriever.index import Hit
+from services.retriever.service import Loaders, Service
 
 RETRY_AFTER_S = 1
-CANARY_TIMEOUT_S = 30
 CLOSE_GRACE_S = 4
 """To answer what waits at the stop; all in all it must fit into the 10 s that Docker gives."""
+REFUSALS: dict[type[Exception], tuple[int, str]] = {
+    NotReady: (503, "not_ready"),
+    QueueFull: (503, "queue_full"),
+    DeadlinePassed: (504, "deadline"),
+    BackendFailure: (502, "backend"),
+}
+"""HTTP status, and the metric's name for it."""
+
+_DETAIL = {"application/json": {"schema": {"type": "object", "required": ["detail"], "properties": {"detail": {}}}}}
+_DOCUMENT = {"type": "object", "required": ["contents"], "properties": {"id": {}, "contents": {"type": "string"}}}
+_SCORED = {
+    "type": "object",
+    "required": ["document", "score"],
+    "properties": {"document": _DOCUMENT, "score": {"type": "number"}},
+}
+_ITEMS = {"type": "array", "items": {"type": "array", "items": {"anyOf": [_SCORED, _DOCUMENT]}}}
+_RESULT = {"type": "object", "required": ["result"], "properties": {"result": _ITEMS}}
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"description": "For each query its passages, best first.", "content": {"application/json": {"schema": _RESULT}}},
+    422: {"description": "The body breaks a type or a limit.", "content": _DETAIL},
+    502: {"description": "Encoding, searching or a web provider failed.", "content": _DETAIL},
+    503: {"description": "Not ready, or the queue is full: come back after Retry-After seconds.", "content": _DETAIL},
+    504: {"description": "`deadline_ms` passed.", "content": _DETAIL},
+}
 
 
 class BadBody(Exception):
@@ -50,57 +69,66 @@ class BadBody(Exception):
         self.detail = detail
 
 
-def create_app(config: RetrieverConfig, load: Callable[[Say], Backend]) -> FastAPI:
-    """The app and its owner thread (`app.state.owner`), which starts to `load` when the app does."""
-    metrics = Metrics()
-    owner = Owner(config, metrics, load)
-    metrics.watch(depth=lambda: owner.depth, passages=lambda: len(owner.backend.corpus) if owner.backend else 0)
+def create_app(config: RetrieverConfig, loaders: Loaders) -> FastAPI:
+    """The app and its service (`app.state.service`), which starts to load when the app does."""
+    service = Service(config, Metrics(), loaders)
     app = FastAPI(title="Forage retriever", description=__doc__ or "", lifespan=_lifespan)
-    app.state.owner = owner
-    _add_retrieve(app, config, owner)
-    _add_status(app, owner)
+    app.state.service = service
+    _add_retrieve(app, config, service)
+    _add_status(app, service)
     return app
 
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    owner: Owner = app.state.owner
-    owner.start()
+    service: Service = app.state.service
+    service.start()
     yield
-    owner.close(CLOSE_GRACE_S)
-    await asyncio.to_thread(owner.join, CLOSE_GRACE_S)
+    service.close(CLOSE_GRACE_S)
+    await service.join(CLOSE_GRACE_S)
 
 
-def _add_retrieve(app: FastAPI, config: RetrieverConfig, owner: Owner) -> None:
+def _add_retrieve(app: FastAPI, config: RetrieverConfig, service: Service) -> None:
     model = request_model(config)
     body_schema = {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}}
 
-    @app.post("/retrieve", openapi_extra={"requestBody": body_schema})
+    @app.post("/retrieve", openapi_extra={"requestBody": body_schema}, responses=RESPONSES, response_model=None)
     async def retrieve(request: Request) -> Response:
         started = time.perf_counter()
-        response = await _retrieve(request, config, model, owner)
-        owner.metrics.requests.labels(str(response.status_code)).inc()
-        owner.metrics.request_seconds.observe(time.perf_counter() - started)
+        response = await _retrieve(request, config, model, service)
+        service.metrics.requests.labels(str(response.status_code)).inc()
+        service.metrics.request_seconds.observe(time.perf_counter() - started)
         return response
 
 
-async def _retrieve(request: Request, config: RetrieverConfig, model: type[RetrieveRequest], owner: Owner) -> Response:
+async def _retrieve(request: Request, config: RetrieverConfig, model: type[RetrieveRequest], service: Service) -> Response:
+    received = time.monotonic()
     try:
         body = parse_body(await _read_body(request, max_body_bytes(config)), model)
-        hits = await asyncio.wrap_future(owner.submit(body.queries, body.topk or config.topk))
+        deadline = received + body.deadline_ms / 1000 if body.deadline_ms else float("inf")
+        found = await _find(service, body, body.topk or config.topk, deadline)
     except BadBody as error:
-        return _refusal(owner, 422, "bad_request", error.detail)
-    except (NotReady, QueueFull) as error:
-        return _refusal(owner, 503, "queue_full" if isinstance(error, QueueFull) else "not_ready", str(error))
-    except BackendFailure as error:
-        return _refusal(owner, 500, "backend", f"the retrieval backend failed: {error}")
-    assert owner.backend is not None
-    owner.metrics.queries.inc(len(hits))
-    return Response(render(hits, owner.backend.corpus, body.return_scores), media_type="application/json")
+        return _refusal(service, 422, "bad_request", error.detail)
+    except tuple(REFUSALS) as error:
+        return _refusal(service, *REFUSALS[type(error)], str(error))
+    service.metrics.queries.labels(body.backend or config.backends[0]).inc(len(found))
+    return Response(render(found, body.return_scores), media_type="application/json")
 
 
-def _refusal(owner: Owner, status: int, reason: str, detail: object) -> Response:
-    owner.metrics.errors.labels(reason).inc()
+async def _find(service: Service, body: RetrieveRequest, topk: int, deadline: float) -> list[list[Passage]]:
+    """Raises DeadlinePassed also when the answer is still being computed: nobody waits for it any more."""
+    source = service.source(body.backend, body.rerank)
+    if deadline == float("inf"):
+        return await source.retrieve(body.queries, topk, deadline)
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            return await source.retrieve(body.queries, topk, deadline)
+    except TimeoutError:
+        raise DeadlinePassed(f"no answer within {body.deadline_ms} ms") from None
+
+
+def _refusal(service: Service, status: int, reason: str, detail: object) -> Response:
+    service.metrics.errors.labels(reason).inc()
     headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
     return JSONResponse({"detail": detail}, status, headers)
 
@@ -122,51 +150,26 @@ def parse_body(body: bytes, model: type[RetrieveRequest]) -> RetrieveRequest:
         raise BadBody(problems(error)) from None
 
 
-def render(hits: list[list[Hit]], corpus: Corpus, return_scores: bool) -> bytes:
-    """The corpus's own lines are put in as they stand: whole rows, no parsing."""
-
-    def item(hit: Hit) -> object:
-        document = msgspec.Raw(corpus.line(hit.row))
-        return {"document": document, "score": hit.score} if return_scores else document
-
-    return msgspec.json.encode({"result": [[item(hit) for hit in found] for found in hits]})
-
-
-def _add_status(app: FastAPI, owner: Owner) -> None:
+def _add_status(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> dict[str, str]:
         """The process is alive; nothing is said about the index."""
         return {"status": "ok"}
 
-    @app.get("/ready")
+    @app.get("/ready", responses={503: RESPONSES[503]})
     async def ready() -> JSONResponse:
         """200 when queries are answered; 503 with what is being loaded, or what is wrong."""
-        problem = await _why_not_ready(owner)
-        text = {"status": owner.state, "detail": problem or owner.detail}
+        problem = await service.why_not_ready()
+        text = {"status": service.state, "detail": problem or service.detail}
         return JSONResponse(text, 503, {"Retry-After": str(RETRY_AFTER_S)}) if problem else JSONResponse(text)
 
-    @app.get("/info")
+    @app.get("/info", responses={503: RESPONSES[503]})
     async def info() -> JSONResponse:
         """What is being served."""
-        if owner.backend is None:
-            return JSONResponse({"detail": owner.detail}, 503, {"Retry-After": str(RETRY_AFTER_S)})
-        limits = {name: getattr(owner.config, name) for name in ("topk", "max_topk", "max_queries", "max_query_chars")}
-        return JSONResponse({**owner.backend.info, **limits})
+        if (served := service.info()) is None:
+            return JSONResponse({"detail": service.detail}, 503, {"Retry-After": str(RETRY_AFTER_S)})
+        return JSONResponse(served)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        return Response(owner.metrics.text(), media_type=CONTENT_TYPE_LATEST)
-
-
-async def _why_not_ready(owner: Owner) -> str | None:
-    """None when ready. After a failed batch the canary query decides, so that a mended backend becomes ready again."""
-    if owner.state != "ready" or owner.backend is None:
-        return owner.detail
-    if owner.last_error is None:
-        return None
-    try:
-        future = owner.submit([owner.backend.corpus.canary()], 1, use_cache=False)
-        await asyncio.wait_for(asyncio.wrap_future(future), CANARY_TIMEOUT_S)
-    except (BackendFailure, NotReady, QueueFull, TimeoutError) as error:
-        return f"the last batch failed: {owner.last_error or error}"
-    return None
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -1,4 +1,4 @@
-"""The corpus: JSONL with `id` and `contents`, one passage a line, opened by memory map.
+"""The corpus: JSONL with `id` and `contents`, one passage a line, opened by memory map; `unpack` unpacks a compressed one.
 
 Row number is identity: row i of the corpus is vector i of the index. A row is parsed only when it is asked for, and
 served as the bytes of its line, so that extra columns pass through untouched.
@@ -15,12 +15,12 @@ import msgspec
 import numpy as np
 
 from services.retriever.errors import CorpusError
-from services.retriever.files import CHUNK_BYTES
+from services.retriever.offsets import line_offsets
+from services.retriever.unpack import unpacked
 
 FIRST_ROWS = 100
 """Rows checked whenever a corpus is opened; all of them are checked when an index is built."""
 CANARY_CHARS = 200
-NEWLINE = ord("\n")
 
 
 class _Passage(msgspec.Struct):
@@ -39,19 +39,22 @@ class Corpus:
         self.path = path
         self._data = data
         self._offsets = offsets
-        """int64 [rows + 1]: line i is bytes [offsets[i], offsets[i + 1])."""
+        """uint64 [rows + 1]: line i is bytes [offsets[i], offsets[i + 1])."""
 
     @classmethod
     def open(cls, path: Path) -> Corpus:
-        """Raises CorpusError when the file is missing, empty, or one of its first rows is not a passage."""
+        """Raises CorpusError when the file is missing, empty, or one of its first rows is not a passage.
+
+        A compressed corpus is unpacked beside itself first; `corpus.path` is then the unpacked file.
+        """
         if not path.is_file():
             raise CorpusError(f"{path}: no corpus here; run `prepare`, or set data.corpus to a JSONL file")
+        path = unpacked(path)
         if path.stat().st_size == 0:
             raise CorpusError(f"{path}: the corpus is empty; write at least one passage into it")
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        corpus = cls(path, data, _line_offsets(data))
-        corpus._refuse_empty_lines()
+        corpus = cls(path, data, line_offsets(path))
         corpus.check_rows(stop=FIRST_ROWS)
         return corpus
 
@@ -65,7 +68,7 @@ class Corpus:
         """The JSON text of one passage. A negative row is an IndexError: FAISS writes -1 for "nothing found"."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of a corpus of {len(self)} passages")
-        return self._data[self._offsets[row] : self._offsets[row + 1]].strip()
+        return self._data[int(self._offsets[row]) : int(self._offsets[row + 1])].strip()
 
     def contents(self, row: int) -> str:
         """Title line and text. Raises CorpusError with file and line when the row is no passage."""
@@ -79,9 +82,10 @@ class Corpus:
         """A query that must find something: the start of the first passage."""
         return self.contents(0)[:CANARY_CHARS].strip() or "canary"
 
-    def lengths(self) -> np.ndarray:
-        """int64 [rows]: bytes of each line, a stand-in for its tokens."""
-        return np.diff(self._offsets)
+    def lengths(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """uint64 [stop - start]: bytes of each of these lines, a stand-in for its tokens."""
+        end = len(self) if stop is None else stop
+        return np.diff(self._offsets[start : end + 1])
 
     def check_rows(self, stop: int | None = None, on_row: Callable[[], None] | None = None) -> None:
         """Parse the rows before `stop` (None: all), so that a broken one is found before hours of encoding."""
@@ -89,18 +93,3 @@ class Corpus:
             self.contents(row)
             if on_row:
                 on_row()
-
-    def _refuse_empty_lines(self) -> None:
-        empty = np.flatnonzero(self.lengths() == 1)
-        if len(empty):
-            raise CorpusError(f"{self.path}:{empty[0] + 1}: empty line; remove it, every line is a passage")
-
-
-def _line_offsets(data: mmap.mmap) -> np.ndarray:
-    """Where each line starts, and the end of the file; in chunks, so that memory stays at 8 bytes a line."""
-    starts = [np.zeros(1, np.int64)]
-    for begin in range(0, len(data), CHUNK_BYTES):
-        chunk = np.frombuffer(data[begin : begin + CHUNK_BYTES], np.uint8)
-        starts.append(np.flatnonzero(chunk == NEWLINE) + begin + 1)
-    offsets = np.concatenate(starts)
-    return offsets if offsets[-1] == len(data) else np.append(offsets, len(data))

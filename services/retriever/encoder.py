@@ -10,23 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-import zlib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from services.contract.config import Config
 from services.retriever.errors import RetrieverError
 from services.retriever.files import sha256
+from services.retriever.hashing import HashingEncoder
 
 Role = Literal["query", "passage"]
-Pooling = Literal["mean", "cls", "bag"]
+Pooling = Literal["mean", "cls", "pooler_output", "decoder", "bag"]
+"""`decoder`: what a T5's decoder makes of its start token. `bag`: words without a model."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +52,17 @@ FAMILIES = {
     for family in (
         Family("e5", "query: ", "passage: ", "mean", True, r"(?<![a-z0-9])e5(?![a-z0-9])", r"(?<![a-z0-9])e5(?![a-z0-9])"),
         Family("bge", BGE_QUERY, "", "cls", True, r"(?<![a-z0-9])bge(?![a-z0-9])", r"(?<![a-z0-9])bge(?![a-z0-9])"),
+        Family("dpr", "", "", "pooler_output", False, r"(?<![a-z0-9])dpr(?![a-z0-9])", r"(?<![a-z0-9])dpr(?![a-z0-9])"),
         Family("contriever", "", "", "mean", False, "contriever", "contriever"),
+        Family("t5", "", "", "decoder", False, NEVER, NEVER),
         # Small E5 models were tuned from other MiniLM bases: only the base of all-MiniLM-L6 tells the family.
         Family("minilm", "", "", "mean", True, r"(?<!e5-)minilm", r"nreimers/minilm-l6|all-minilm"),
+        Family("plain", "", "", "mean", False, r"(?<![a-z0-9])jina(?![a-z0-9])", r"(?<![a-z0-9])jina(?![a-z0-9])"),
         Family("hashing", "", "", "bag", True, NEVER, NEVER),
     )
 }
+MODEL_TYPES = {"t5": "t5", "dpr": "dpr"}
+"""config.json's `model_type` to family, where no name tells it: these models can be pooled in one way only."""
 
 
 class Encoder(Protocol):
@@ -80,6 +84,8 @@ class EncoderDescription:
     dimension: int
     max_tokens: int
     folder: Path | None
+    dtype: str = "float32"
+    device: str = "cpu"
 
 
 def describe_encoder(config: Config) -> EncoderDescription:
@@ -90,23 +96,42 @@ def describe_encoder(config: Config) -> EncoderDescription:
     folder = config.encoder_path
     if not (folder / "config.json").is_file():
         raise RetrieverError(f"{folder}: no encoder here (config.json is missing); run `prepare`, or set retriever.encoder")
-    model = json.loads((folder / "config.json").read_text())
+    model = _model_config(folder)
     family = FAMILIES[settings.encoder_family] if settings.encoder_family != "auto" else infer_family(folder, model)
     name = model.get("_name_or_path") or _model_name(folder)
-    return EncoderDescription(name, folder_digest(folder), family, model["hidden_size"], settings.encoder_max_tokens, folder)
+    dimension, limit = _dimension(folder, model, family), settings.encoder_max_tokens
+    return EncoderDescription(
+        name, folder_digest(folder), family, dimension, limit, folder, settings.encoder_dtype, settings.encoder_device
+    )
 
 
-def infer_family(folder: Path, model: dict[str, object]) -> Family:
-    """By the folder's name, else by the model's name in its config.json."""
+def _model_config(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise RetrieverError(f"{folder / 'config.json'}: not JSON ({error}); copy the whole model folder again") from None
+
+
+def _dimension(folder: Path, model: dict[str, Any], family: Family) -> int:
+    """Numbers a vector. DPR may project its first token's; T5 calls its width `d_model`."""
+    projected = model.get("projection_dim") if family.pooling == "pooler_output" else None
+    if size := projected or model.get("hidden_size") or model.get("d_model"):
+        return size
+    raise RetrieverError(f"{folder / 'config.json'}: neither hidden_size nor d_model is there: is this an embedding model?")
+
+
+def infer_family(folder: Path, model: dict[str, Any]) -> Family:
+    """By the folder's name, else by the model's name in its config.json, else by its type."""
     named = str(model.get("_name_or_path") or "").lower()
     found = [f for f in FAMILIES.values() if re.search(f.folder_mark, _model_name(folder))]
     found = found or [f for f in FAMILIES.values() if re.search(f.base_mark, named)]
+    found = found or [FAMILIES[family] for kind, family in MODEL_TYPES.items() if model.get("model_type") == kind]
     if len(found) == 1:
         return found[0]
     known = ", ".join(name for name in FAMILIES if name != "hashing")
     raise RetrieverError(
         f"{folder}: cannot tell the encoder's family from its name ({_model_name(folder)!r}, {named!r} in config.json); "
-        f"set retriever.encoder_family to one of {known}"
+        f"set retriever.encoder_family to one of {known} (plain: mean of the tokens, no prefix, not normalised)"
     )
 
 
@@ -130,36 +155,6 @@ def load_encoder(description: EncoderDescription, threads: int) -> Encoder:
         return HashingEncoder()
     from services.retriever.transformer import TransformerEncoder  # torch takes seconds to import
 
-    return TransformerEncoder(description.folder, description.family, description.max_tokens, threads)
-
-
-STOP_WORDS = frozenset(
-    re.findall(
-        r"\w+",
-        "a an and are as at be by did do does for from has have how in is it its of on or that the this to was were what when "
-        "where which who whose with",
+    return TransformerEncoder(
+        description.folder, description.family, description.max_tokens, threads, description.dtype, description.device
     )
-)
-
-
-class HashingEncoder:
-    """Words hashed into a fixed number of signed buckets: needs no model. For tests and the smoke run, not for quality."""
-
-    NAME = "hashing-1024-v1"
-    DIMENSION = 1024
-    dimension = DIMENSION
-
-    def encode(self, texts: Sequence[str], role: Role) -> np.ndarray:
-        vectors = np.zeros((len(texts), self.DIMENSION), np.float32)
-        for vector, text in zip(vectors, FAMILIES["hashing"].prefixed(texts, role), strict=True):
-            self._fill(vector, text)
-        return vectors
-
-    def _fill(self, vector: np.ndarray, text: str) -> None:
-        for word, count in Counter(re.findall(r"\w+", text.casefold())).items():
-            if word not in STOP_WORDS:
-                code = zlib.crc32(word.encode())
-                vector[code % self.DIMENSION] += (1 + math.log(count)) * (1 if code >> 31 else -1)
-        length = float(np.linalg.norm(vector))
-        if length > 0:
-            vector /= length

@@ -23,5 +23,9 @@ class QueueFull(Exception):
     """More queries wait than `retriever.queue_size`: HTTP 503."""
 
 
+class DeadlinePassed(Exception):
+    """The request's `deadline_ms` ran out before its answer was there: HTTP 504."""
+
+
 class BackendFailure(Exception):
-    """Encoding or searching raised: HTTP 500, never an empty list."""
+    """Encoding, searching, reranking or a web provider failed: HTTP 502, never an empty list."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,10 +42,37 @@ def publish(temporary: Path, final: Path) -> None:
     sync(final.parent)
 
 
+def need_room(folder: Path, size: int, what: str) -> None:
+    """Raises RetrieverError when `size` more bytes do not fit beside what `folder` holds: better now than hours later."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise RetrieverError(
+            f"{folder}: {what} needs {size:,} bytes, {free:,} are free here; free some or move data.directory to a larger disk"
+        )
+
+
+@contextmanager
+def written_whole(final: Path) -> Iterator[Path]:
+    """A temporary name to write to, published at the end; whatever fails leaves neither file behind.
+
+    FAISS tells a full disk as a RuntimeError, the system as an OSError: both become a RetrieverError with the mend.
+    """
+    temporary = final.with_name(final.name + ".tmp")
+    try:
+        yield temporary
+        publish(temporary, final)
+    except (OSError, RuntimeError) as error:
+        free = shutil.disk_usage(final.parent).free
+        raise RetrieverError(
+            f"{final}: cannot be written ({error}); {free:,} bytes are free there: free some or move data.directory"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    publish(temporary, path)
+    with written_whole(path) as temporary:
+        temporary.write_bytes(content)
 
 
 @contextmanager

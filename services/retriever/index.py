@@ -1,21 +1,31 @@
 """A FAISS index by inner product. Imports faiss: loaded only by what builds or searches.
 
 FAISS writes -1 where it found too few passages; such places are dropped here and nowhere reach a corpus row.
+
+| `index_mmap` | what is read                                                                                          |
+|--------------|-------------------------------------------------------------------------------------------------------|
+| false        | the whole file, into memory                                                                           |
+| true         | Flat, HNSW, IVF, SQ, PQ, RaBitQ, with or without refinement: vectors, codes, links and lists stay in  |
+|              | the file, their pages come as they are searched; only centroids, codebooks and the like are read      |
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import faiss
 import numpy as np
 
 from services.contract.telemetry import Progress
 from services.retriever.errors import IndexMismatch, RetrieverError
+from services.retriever.flat_file import chunks
+from services.retriever.shards import load_on_gpus
 
-ADD_ROWS = 65_536
 TRAIN_ROWS = 200_000
+INNER = ("base_index", "index", "quantizer", "storage")
+"""Where FAISS's composed kinds keep what they are made of."""
 
 
 class Hit(NamedTuple):
@@ -32,13 +42,15 @@ class FaissIndex:
         faiss.omp_set_num_threads(threads)
 
     @classmethod
-    def load(cls, path: Path, threads: int = 1) -> FaissIndex:
-        try:
-            index = faiss.read_index(str(path))
-        except RuntimeError as error:
-            raise IndexMismatch(f"{path}: FAISS cannot read this index ({error})") from error
+    def load(
+        cls, path: Path, threads: int = 1, search: str = "", mmap: bool = False, device: Literal["cpu", "cuda"] = "cpu"
+    ) -> FaissIndex:
+        """`search` are FAISS's search parameters, such as `nprobe=32`. Raises IndexMismatch when the file is no whole index by
+        inner product, RetrieverError when parameters or device do not fit."""
+        index = load_on_gpus(path) if device == "cuda" else _read(path, mmap)
         if index.metric_type != faiss.METRIC_INNER_PRODUCT:
             raise IndexMismatch(f"{path}: metric is not inner product")
+        set_search(index, search)
         return cls(index, threads)
 
     @property
@@ -49,6 +61,11 @@ class FaissIndex:
     def dimension(self) -> int:
         return self._index.d
 
+    @property
+    def kind(self) -> str:
+        """FAISS's classes, outermost first."""
+        return kind(self._index)
+
     def search(self, vectors: np.ndarray, topk: int) -> list[list[Hit]]:
         """float32 [queries, dimension] to at most `topk` hits each, best first."""
         scores, rows = self._index.search(vectors, topk)
@@ -57,8 +74,52 @@ class FaissIndex:
             for r, s in zip(rows.tolist(), scores.tolist(), strict=True)
         ]
 
+    def stored(self, row: int) -> np.ndarray | None:
+        """float32 [dimension] as kept for this row; None unless the kind keeps vectors whole."""
+        return np.asarray(self._index.reconstruct(row)) if isinstance(self._index, faiss.IndexFlat) else None
+
     def save(self, path: Path) -> None:
         faiss.write_index(self._index, str(path))
+
+
+def _read(path: Path, mmap: bool) -> faiss.Index:
+    try:
+        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mmap else 0)
+    except (RuntimeError, MemoryError) as error:
+        raise IndexMismatch(
+            f"{path}: FAISS cannot read this index ({_reason(error)}): truncated, or not FAISS's; get it again"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What FAISS says, without the C++ signature that it says it in."""
+    return str(error).splitlines()[0].rpartition(": ")[2] if str(error) else type(error).__name__
+
+
+def kind(index: faiss.Index) -> str:
+    """Such as `IndexRefineFlat(IndexIVFPQ(IndexFlat))`: what tells one kind of index from another."""
+    cast = faiss.downcast_index(index)  # borrows from `index`, which must therefore keep its name here
+    name = type(cast).__name__.removesuffix("IP").removesuffix("L2")
+    inner = next((part for attribute in INNER if (part := getattr(cast, attribute, None)) is not None), None)
+    return f"{name}({kind(inner)})" if isinstance(inner, faiss.Index) else name
+
+
+def set_search(index: faiss.Index, text: str) -> None:
+    """FAISS's own names: nprobe, efSearch, k_factor_rf, quantizer_efSearch, … Raises RetrieverError naming the one that is wrong.
+
+    FAISS itself takes `nprobe=3x` for 3 and `nprobe=0` for a search that finds nothing.
+    """
+    for part in filter(None, re.split(r"\s*,\s*", text.strip())):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        if not re.fullmatch(r"[1-9]\d{0,8}", value):
+            raise RetrieverError(f"retriever.index_search {text!r}: {part!r} is not a name and a whole number, such as nprobe=32")
+        try:
+            faiss.ParameterSpace().set_index_parameters(index, f"{name}={value}")
+        except RuntimeError:
+            raise RetrieverError(
+                f"retriever.index_search {text!r}: an index of kind {kind(index)} has no {name!r}; "
+                "HNSW has efSearch, IVF has nprobe, refinement has k_factor_rf"
+            ) from None
 
 
 def new_index(factory: str, dimension: int) -> faiss.Index:
@@ -78,8 +139,7 @@ def fill_index(factory: str, embeddings: np.ndarray, threads: int = 1) -> FaissI
     if not index.is_trained:
         _train(index, factory, embeddings)
     with Progress(f"adding to the {factory} index", len(embeddings), "passages") as bar:
-        for start in range(0, len(embeddings), ADD_ROWS):
-            chunk = np.ascontiguousarray(embeddings[start : start + ADD_ROWS])
+        for chunk in chunks(embeddings):
             index.add(chunk)
             bar.advance(len(chunk))
     return wrapped

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from services.contract.telemetry import Progress
 from services.retriever.corpus import Corpus
 from services.retriever.encoder import EncoderDescription
 from services.retriever.errors import IndexMismatch
@@ -44,7 +45,11 @@ class Manifest(Identity, frozen=True, kw_only=True):
     corpus_bytes: int
     corpus_mtime_ns: int
     index_bytes: int
+    index_mtime_ns: int = 0
+    """Only lets a mapped index open at once; another time stamp is no fault, the digest decides then."""
     index_sha256: str
+    imported: bool = False
+    """Adopted by `index import`, not built here."""
 
 
 MENDS = {
@@ -112,6 +117,30 @@ def index_problems(folder: Path, manifest: Manifest, wanted: Identity, factory: 
     if size != manifest.index_bytes:
         problems.append(f"index_bytes is {manifest.index_bytes} in the manifest, {size} on disk (truncated or missing)")
     return problems
+
+
+def make_manifest(folder: Path, identity: Identity, corpus: Corpus, encoder: str, factory: str, imported: bool = False) -> Manifest:
+    """Of the index file that lies in `folder`; reads it for its digest."""
+    stamp, of_corpus = index_path(folder).stat(), corpus.path.stat()
+    with Progress("reading the index for its digest", stamp.st_size, "bytes") as bar:
+        digest = sha256(index_path(folder), bar.advance)
+    return Manifest(
+        **msgspec.structs.asdict(identity),
+        encoder=encoder,
+        factory=factory,
+        corpus_bytes=of_corpus.st_size,
+        corpus_mtime_ns=of_corpus.st_mtime_ns,
+        index_bytes=stamp.st_size,
+        index_mtime_ns=stamp.st_mtime_ns,
+        index_sha256=digest,
+        imported=imported,
+    )
+
+
+def looks_untouched(folder: Path, manifest: Manifest) -> bool:
+    """Size and time stamp of the index file are the manifest's."""
+    stamp = index_path(folder).stat()
+    return (stamp.st_size, stamp.st_mtime_ns) == (manifest.index_bytes, manifest.index_mtime_ns)
 
 
 def check_index_file(folder: Path, manifest: Manifest, on_bytes: Callable[[int], None] | None = None) -> list[str]:

@@ -11,28 +11,41 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class Metrics:
+    """`part` is an owner's name: dense, bm25, rerank; or web, web_pages. `backend` is what a request asked:
+    dense, bm25, hybrid or web."""
+
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         name = "forage_retriever_{}".format
         self.requests = Counter(name("requests"), "Answers of /retrieve by HTTP status.", ["status"], registry=registry)
         self.errors = Counter(name("errors"), "Requests that got no passages, by reason.", ["reason"], registry=registry)
-        self.queries = Counter(name("queries"), "Queries answered with passages.", registry=registry)
+        self.queries = Counter(name("queries"), "Queries answered with passages.", ["backend"], registry=registry)
         self.request_seconds = Histogram(
             name("request_seconds"), "Seconds from request to answer.", buckets=SECONDS, registry=registry
         )
-        self.batch_size = Histogram(name("batch_size"), "Queries encoded together.", buckets=SIZES, registry=registry)
-        self.stage_seconds = {
-            stage: Histogram(name(f"{stage}_seconds"), f"Seconds to {stage} one batch.", buckets=SECONDS, registry=registry)
-            for stage in ("encode", "search")
-        }
-        self.cache_hits = Counter(name("cache_hits"), "Queries answered from the cache.", registry=registry)
-        self.cache_misses = Counter(name("cache_misses"), "Queries that had to be searched.", registry=registry)
-        self._depth = Gauge(name("queue_depth"), "Queries waiting.", registry=registry)
-        self._passages = Gauge(name("passages"), "Passages served; 0 while loading.", registry=registry)
+        self.batch_size = Histogram(name("batch_size"), "Queries computed together.", ["part"], buckets=SIZES, registry=registry)
+        self.stage_seconds = Histogram(
+            name("stage_seconds"), "Seconds that a stage took for one batch.", ["part", "stage"], buckets=SECONDS, registry=registry
+        )
+        self.cache_hits = Counter(name("cache_hits"), "Queries answered from the cache.", ["part"], registry=registry)
+        self.cache_misses = Counter(name("cache_misses"), "Queries that had to be computed.", ["part"], registry=registry)
+        self.web_requests = Counter(
+            name("web_requests"),
+            "Requests to the search provider, by HTTP status or what went wrong.",
+            ["provider", "status"],
+            registry=registry,
+        )
+        self.web_pages = Counter(
+            name("web_pages"), "Pages fetched; all but `ok` were replaced by their snippets.", ["outcome"], registry=registry
+        )
+        self._depth = Gauge(name("queue_depth"), "Queries waiting.", ["part"], registry=registry)
+        self._passages = Gauge(name("passages"), "Passages of the corpus; 0 while loading.", registry=registry)
 
-    def watch(self, depth: Callable[[], float], passages: Callable[[], float]) -> None:
-        """Read these whenever someone asks."""
-        self._depth.set_function(depth)
+    def watch_depth(self, part: str, depth: Callable[[], float]) -> None:
+        """Read it whenever someone asks."""
+        self._depth.labels(part).set_function(depth)
+
+    def watch_passages(self, passages: Callable[[], float]) -> None:
         self._passages.set_function(passages)
 
     def text(self) -> bytes:

@@ -1,11 +1,11 @@
-"""One thread owns encoder and index: it loads them, gathers queries from all connections into batches, and answers.
+"""One thread owns a model or an index: it loads it, gathers the keys of all requests into batches, and answers.
 
-FAISS on a GPU is not safe to call from several threads, and a batch of queries costs little more than one. So nobody
-else ever touches the backend.
+FAISS on a GPU is not safe to call from several threads, and a batch costs little more than one query. So nobody else ever
+touches the resource. A key is whatever the resource answers: a query and its topk, or a query and a text to score.
 
 | state    | who moves it on                          | `submit`                      |
 |----------|------------------------------------------|-------------------------------|
-| loading  | the thread, when the backend is there    | NotReady with the progress    |
+| loading  | the thread, when the resource is there   | NotReady with the progress    |
 | ready    | `close`                                  | queued, or QueueFull          |
 | failed   | nobody: loading raised, the service ends | NotReady with the reason      |
 | closing  | the thread, when the queue is empty or   | NotReady                      |
@@ -19,70 +19,100 @@ import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from services.contract.config import RetrieverConfig
-from services.retriever.errors import BackendFailure, NotReady, QueueFull, RetrieverError
+from services.retriever.errors import BackendFailure, DeadlinePassed, NotReady, QueueFull, RetrieverError
 from services.retriever.metrics import Metrics
-
-if TYPE_CHECKING:
-    from services.retriever.backend import Backend, Say
-    from services.retriever.index import Hit
 
 log = logging.getLogger("retriever")
 
 State = Literal["loading", "ready", "failed", "closing", "closed"]
-Key = tuple[str, int]
-"""A query and its topk."""
+Say = Callable[[str], None]
+"""Hears what is being done, for people who wait on /ready."""
+K = TypeVar("K", bound=Hashable)
+A = TypeVar("A")
+
+
+class Resource(Protocol[K, A]):
+    """What an owner's thread drives; only that thread calls it."""
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What /info answers about it."""
+        ...
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """How long each stage of the last `answer` took."""
+        ...
+
+    def canary(self) -> K:
+        """A key that must be answered when all is well."""
+        ...
+
+    def answer(self, keys: Sequence[K]) -> list[A]:
+        """One answer a key, in order."""
+        ...
 
 
 @dataclass(eq=False)
-class Request:
-    """The queries of one HTTP request. Its future ends with all hits, or with the first failure."""
+class Request(Generic[K, A]):
+    """The keys of one HTTP request. Its future ends with all answers, or with the first failure."""
 
-    keys: list[Key]
-    hits: dict[int, list[Hit]]
+    keys: list[K]
+    deadline: float
+    """By `time.monotonic`."""
+    answers: dict[int, A]
     """By place in `keys`; all there when the future is set."""
-    future: Future[list[list[Hit]]] = field(default_factory=Future)
+    future: Future[list[A]] = field(default_factory=Future)
 
-    def fill(self, place: int, hits: list[Hit]) -> None:
-        self.hits[place] = hits
+    @property
+    def over(self) -> bool:
+        """Answered, failed or given up; a deadline that has passed ends it here."""
+        if not self.future.done() and time.monotonic() > self.deadline:
+            self.fail(DeadlinePassed("the request's deadline passed while it waited"))
+        return self.future.done()
+
+    def fill(self, place: int, answer: A) -> None:
+        self.answers[place] = answer
         self.finish_if_full()
 
     def finish_if_full(self) -> None:
-        if len(self.hits) == len(self.keys):
+        if len(self.answers) == len(self.keys):
             with suppress(InvalidStateError):  # cancelled, or failed with an earlier batch
-                self.future.set_result([self.hits[place] for place in range(len(self.keys))])
+                self.future.set_result([self.answers[place] for place in range(len(self.keys))])
 
     def fail(self, error: Exception) -> None:
         with suppress(InvalidStateError):
             self.future.set_exception(error)
 
 
-Waiting = tuple[Request, int]
-"""A request and the place of one of its queries."""
-
-
-class Owner:
-    def __init__(self, config: RetrieverConfig, metrics: Metrics, load: Callable[[Say], Backend]) -> None:
-        self.config, self.metrics = config, metrics
+class Owner(Generic[K, A]):
+    def __init__(
+        self, name: str, config: RetrieverConfig, metrics: Metrics, load: Callable[[Say], Resource[K, A]], per_query: int = 1
+    ) -> None:
+        """`per_query`: keys that one query may bring; queue and cache are that much larger."""
+        self.name, self.config, self.metrics = name, config, metrics
+        self.queue_size, self.cache_size = config.queue_size * per_query, config.cache_size * per_query
         self.state: State = "loading"
         self.detail = "starting"
         """The state in words: what is being loaded, or why it failed."""
-        self.backend: Backend | None = None
+        self.resource: Resource[K, A] | None = None
         self.last_error: str | None = None
         """Why the last batch failed; None once a batch has worked again."""
         self._load = load
-        self._waiting: deque[Waiting] = deque()
+        self._waiting: deque[tuple[Request[K, A], int]] = deque()
+        """Requests, each with the place of one of its keys."""
         self._changed = threading.Condition()
-        self._cache: OrderedDict[Key, list[Hit]] = OrderedDict()
+        self._cache: OrderedDict[K, A] = OrderedDict()
         self._last_batch = 1
-        self._deadline = float("inf")
-        self._thread = threading.Thread(target=self._run, name="retriever-owner", daemon=True)
+        self._closes_at = float("inf")
+        self._thread = threading.Thread(target=self._run, name=f"owner-{name}", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
@@ -91,19 +121,18 @@ class Owner:
     def depth(self) -> int:
         return len(self._waiting)
 
-    def submit(self, queries: Sequence[str], topk: int, use_cache: bool = True) -> Future[list[list[Hit]]]:
-        """Queue the queries that are not in the cache. Raises NotReady or QueueFull at once, and queues nothing then."""
-        keys = [(query, topk) for query in queries]
+    def submit(self, keys: Sequence[K], deadline: float = float("inf"), use_cache: bool = True) -> Future[list[A]]:
+        """Queue the keys that are not in the cache. Raises NotReady or QueueFull at once, and queues nothing then."""
         with self._changed:
             if self.state != "ready":
-                raise NotReady(f"the retriever is not ready: {self.detail}")
+                raise NotReady(f"{self.name} is not ready: {self.detail}")
             cached = {place: self._cached(key) for place, key in enumerate(keys)} if use_cache else {}
-            request = Request(keys, {place: hits for place, hits in cached.items() if hits is not None})
-            missing = [place for place in range(len(keys)) if place not in request.hits]
-            if len(self._waiting) + len(missing) > self.config.queue_size:
-                raise QueueFull(f"{len(self._waiting)} queries are waiting, {self.config.queue_size} at most")
-            self.metrics.cache_hits.inc(len(keys) - len(missing))
-            self.metrics.cache_misses.inc(len(missing))
+            request = Request(list(keys), deadline, {place: answer for place, answer in cached.items() if answer is not None})
+            missing = [place for place in range(len(keys)) if place not in request.answers]
+            if len(self._waiting) + len(missing) > self.queue_size:
+                raise QueueFull(f"{len(self._waiting)} queries are waiting for {self.name}, {self.queue_size} at most")
+            self.metrics.cache_hits.labels(self.name).inc(len(keys) - len(missing))
+            self.metrics.cache_misses.labels(self.name).inc(len(missing))
             self._waiting.extend((request, place) for place in missing)
             self._changed.notify()
             if not missing:
@@ -115,7 +144,7 @@ class Owner:
         with self._changed:
             if self.state in ("loading", "ready"):
                 self.state, self.detail = "closing", "shutting down"
-            self._deadline = min(self._deadline, time.monotonic() + grace_s)
+            self._closes_at = min(self._closes_at, time.monotonic() + grace_s)
             self._changed.notify()
 
     def join(self, timeout_s: float) -> None:
@@ -140,73 +169,83 @@ class Owner:
         log.error("%s", self.detail, exc_info=not isinstance(error, RetrieverError))
 
     def _become_ready(self) -> None:
-        backend = self._load(self._say)
+        resource = self._load(self._say)
+        self._say("asking the canary")
+        resource.answer([resource.canary()])
         with self._changed:
-            self.backend = backend
+            self.resource = resource
             if self.state == "loading":
-                self.state, self.detail = "ready", f"{len(backend.corpus):,} passages"
-                log.info("ready: %s", self.detail)
+                self.state, self.detail = "ready", "ready"
 
     def _say(self, text: str) -> None:
         if self.state != "loading":
             raise NotReady("stopped while loading")
         self.detail = text
 
-    def _take(self) -> list[Waiting]:
+    def _take(self) -> list[tuple[Request[K, A], int]]:
         """The next batch; empty when the thread shall end.
 
-        After a batch of n, up to n queries are awaited for `batch_wait_ms`: clients that were just answered are about to
+        After a batch of n, up to n keys are awaited for `batch_wait_ms`: clients that were just answered are about to
         ask again. After a batch of one nobody is awaited, so a lone client pays nothing for batching.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self.state != "ready")
-            company = min(self._last_batch, self.config.max_batch)
-            self._changed.wait_for(lambda: len(self._waiting) >= company or self.state != "ready", self.config.batch_wait_ms / 1000)
-            if time.monotonic() > self._deadline:
-                return []
-            batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), self.config.max_batch))]
-            self._last_batch = len(batch)
-            return batch
+            while self._wait_for_company():
+                batch: list[tuple[Request[K, A], int]] = []
+                while self._waiting and len(batch) < self.config.max_batch:
+                    request, place = self._waiting.popleft()
+                    if not request.over:
+                        batch.append((request, place))
+                if batch:
+                    self._last_batch = len(batch)
+                    return batch
+            return []
 
-    def _answer(self, batch: list[Waiting]) -> None:
-        """Search each distinct query once, unless the batch before this one has brought it."""
-        wanted = [(request, place, request.keys[place]) for request, place in batch if not request.future.done()]
+    def _wait_for_company(self) -> bool:
+        """False when there is nothing more to do: closed, and nothing waits or the grace has run out."""
+        self._changed.wait_for(lambda: self._waiting or self.state != "ready")
+        company = min(self._last_batch, self.config.max_batch)
+        self._changed.wait_for(lambda: len(self._waiting) >= company or self.state != "ready", self.config.batch_wait_ms / 1000)
+        return bool(self._waiting) and time.monotonic() <= self._closes_at
+
+    def _answer(self, batch: list[tuple[Request[K, A], int]]) -> None:
+        """Compute each distinct key once, unless the batch before this one has brought it."""
+        wanted = [(request, place, request.keys[place]) for request, place in batch]
         with self._changed:
-            found = {key: hits for _, _, key in wanted if (hits := self._cached(key)) is not None}
+            found = {key: answer for _, _, key in wanted if (answer := self._cached(key)) is not None}
         keys = list(dict.fromkeys(key for _, _, key in wanted if key not in found))
         try:
-            found.update(zip(keys, self._search(keys), strict=True))
+            found.update(zip(keys, self._compute(keys), strict=True))
         except Exception as error:  # a failing backend must reach the clients as an error, not end the thread
             self.last_error = f"{type(error).__name__}: {error}"
-            log.error("a batch of %d queries failed: %s", len(keys), self.last_error)
+            log.error("%s: a batch of %d queries failed: %s", self.name, len(keys), self.last_error)
             for request, _, _ in wanted:
-                request.fail(BackendFailure(self.last_error))
+                request.fail(BackendFailure(f"{self.name}: {self.last_error}"))
             return
         self._remember({key: found[key] for key in keys})
         for request, place, key in wanted:
             request.fill(place, found[key])
 
-    def _search(self, keys: list[Key]) -> list[list[Hit]]:
+    def _compute(self, keys: list[K]) -> list[A]:
         if not keys:
             return []
-        assert self.backend is not None
-        hits = self.backend.search([query for query, _ in keys], [topk for _, topk in keys])
+        assert self.resource is not None
+        answers = self.resource.answer(keys)
         self.last_error = None
-        self.metrics.batch_size.observe(len(keys))
-        for stage, seconds in self.backend.seconds.items():
-            self.metrics.stage_seconds[stage].observe(seconds)
-        return hits
+        self.metrics.batch_size.labels(self.name).observe(len(keys))
+        for stage, seconds in self.resource.seconds.items():
+            self.metrics.stage_seconds.labels(self.name, stage).observe(seconds)
+        return answers
 
-    def _cached(self, key: Key) -> list[Hit] | None:
-        hits = self._cache.get(key)
-        if hits is not None:
+    def _cached(self, key: K) -> A | None:
+        answer = self._cache.get(key)
+        if answer is not None:
             self._cache.move_to_end(key)
-        return hits
+        return answer
 
-    def _remember(self, answers: dict[Key, list[Hit]]) -> None:
+    def _remember(self, answers: dict[K, A]) -> None:
         with self._changed:
             self._cache.update(answers)
-            while len(self._cache) > self.config.cache_size:
+            while len(self._cache) > self.cache_size:
                 self._cache.popitem(last=False)
 
     def _refuse_rest(self) -> None:

@@ -5,18 +5,13 @@ from __future__ import annotations
 import logging
 import signal
 import socket
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import uvicorn
 
 from services.contract.config import RetrieverConfig
 from services.retriever.app import CLOSE_GRACE_S, create_app
 from services.retriever.errors import RetrieverError
-from services.retriever.owner import Owner
-
-if TYPE_CHECKING:
-    from services.retriever.backend import Backend, Say
+from services.retriever.service import Loaders, Service
 
 log = logging.getLogger("retriever")
 
@@ -24,9 +19,9 @@ log = logging.getLogger("retriever")
 class Server(uvicorn.Server):
     """`run()` returns after SIGTERM or SIGINT, or when the index could not be loaded."""
 
-    def __init__(self, config: RetrieverConfig, load: Callable[[Say], Backend]) -> None:
-        app = create_app(config, load)
-        self.owner: Owner = app.state.owner
+    def __init__(self, config: RetrieverConfig, loaders: Loaders) -> None:
+        app = create_app(config, loaders)
+        self.service: Service = app.state.service
         super().__init__(
             uvicorn.Config(
                 app,
@@ -52,24 +47,24 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """uvicorn asks every 0.1 s whether to stop."""
-        return await super().on_tick(counter) or self.owner.state == "failed"
+        return await super().on_tick(counter) or self.service.state == "failed"
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # Before uvicorn waits for the open requests: what cannot be answered in time is told so with a 503.
-        self.owner.close(CLOSE_GRACE_S)
+        self.service.close(CLOSE_GRACE_S)
         await super().shutdown(sockets=sockets)
 
 
-def serve(config: RetrieverConfig, load: Callable[[Say], Backend]) -> None:
+def serve(config: RetrieverConfig, loaders: Loaders) -> None:
     """Blocks until stopped. Raises RetrieverError when loading failed or the port is taken."""
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda *_: None)  # uvicorn raises it again after a clean stop: that is no failure
-    server = Server(config, load)
+    server = Server(config, loaders)
     try:
         server.run()
     except SystemExit:
         raise RetrieverError(
             f"cannot listen on {config.host}:{config.port}: is the port taken? Set retriever.port or --port"
         ) from None
-    if server.owner.state == "failed":
-        raise RetrieverError(server.owner.detail)
+    if server.service.state == "failed":
+        raise RetrieverError(server.service.detail)

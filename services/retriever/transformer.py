@@ -1,20 +1,22 @@
-"""A Hugging Face encoder on the CPU or a GPU, in float32. Imports torch: loaded only when a model is."""
+"""A Hugging Face encoder on the CPU or a GPU. Imports torch: loaded only when a model is."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 # Tokenizers otherwise starts a pool of its own beside torch's threads.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from transformers import AutoModel, AutoTokenizer  # noqa: E402
+from transformers import AutoConfig, AutoModel, AutoTokenizer, DPRContextEncoder  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from services.retriever.encoder import Family, Role  # noqa: E402
@@ -22,61 +24,118 @@ from services.retriever.errors import RetrieverError  # noqa: E402
 
 transformers_logging.disable_progress_bar()
 
-
+T = TypeVar("T")
 SMALLEST_PART = 4
 """Fewer texts than this are not worth a thread of their own."""
 
 
-class TransformerEncoder:
-    """Each of `threads` threads encodes a part of the texts by itself, rather than all of them one matrix product.
+class SideBySide:
+    """Each of `threads` threads computes a part of the rows by itself, rather than all of them one matrix product.
 
     OpenMP threads meet at a barrier many times a layer: when another process has one of the cores, all of them spin
     there. Seen with a busy neighbour on two cores: 11 queries/s with OpenMP's two threads, 158 with one.
     """
 
-    def __init__(self, folder: Path, family: Family, max_tokens: int, threads: int) -> None:
+    def __init__(self, name: str, threads: int) -> None:
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, name) if threads > 1 else None
+        self.tokenizing = threading.Lock()
+        """A tokenizer refuses to be used from two threads at once."""
+
+    def run(self, rows: Sequence[T], lengths: Sequence[int], work: Callable[[list[T]], np.ndarray]) -> np.ndarray:
+        """`work` on all rows, in their order; like lengths come together, so that little is padded."""
+        parts = min(self._threads, len(rows) // SMALLEST_PART)
+        if self._pool is None or parts < 2:
+            return _alone(work, list(rows))
+        places = np.array_split(np.argsort(lengths, kind="stable"), parts)
+        done = list(self._pool.map(lambda part: _alone(work, [rows[place] for place in part]), places))
+        results = np.empty((len(rows), *done[0].shape[1:]), np.float32)
+        for part, result in zip(places, done, strict=True):
+            results[part] = result
+        return results
+
+
+def _alone(work: Callable[[list[T]], np.ndarray], rows: list[T]) -> np.ndarray:
+    torch.set_num_threads(1)  # per thread, so it must be said in the thread that computes
+    with torch.inference_mode():
+        return np.ascontiguousarray(work(rows), np.float32)
+
+
+class TransformerEncoder:
+    """Texts to float32 vectors. On a GPU one thread drives it: there the batch is what runs side by side."""
+
+    def __init__(
+        self, folder: Path, family: Family, max_tokens: int, threads: int, dtype: str = "float32", device: str = "cpu"
+    ) -> None:
+        """`device` is `cpu`, `cuda` or `cuda:1`. Raises RetrieverError when model, device or token limit cannot be had."""
         self.family = family
-        self._max_tokens, self._threads = max_tokens, threads
-        self._pool = ThreadPoolExecutor(threads, "encoder") if threads > 1 else None
-        self._tokenizing = threading.Lock()
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder)
-            self._model = AutoModel.from_pretrained(folder, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            raise RetrieverError(f"{folder}: the encoder cannot be loaded ({error}); copy the whole model folder again") from error
-        self._model.eval()
-        self.dimension: int = self._model.config.hidden_size
-        limit = getattr(self._model.config, "max_position_embeddings", max_tokens)
+        self._max_tokens, self._device = max_tokens, usable_device(device)
+        self._side_by_side = SideBySide("encoder", threads if device == "cpu" else 1)
+        self._tokenizer, self._model = _load(folder, family, getattr(torch, dtype))
+        self._model.eval().to(self._device)
+        limit = _longest_text(self._model.config, max_tokens)
         if max_tokens > limit:
             raise RetrieverError(f"retriever.encoder_max_tokens {max_tokens} is above the model's {limit}: lower it")
+        self.dimension: int = self.encode(["x"], "query").shape[1]
 
     def encode(self, texts: Sequence[str], role: Role) -> np.ndarray:
+        """float32 [len(texts), dimension], the family's prefix before each text."""
         texts = self.family.prefixed(texts, role)
-        parts = min(self._threads, len(texts) // SMALLEST_PART)
-        if self._pool is None or parts < 2:
-            return self._encode_part(texts)
-        order = np.argsort([len(text) for text in texts], kind="stable")  # like lengths together: little is padded
-        places = np.array_split(order, parts)
-        vectors = np.empty((len(texts), self.dimension), np.float32)
-        encoded = self._pool.map(self._encode_part, [[texts[place] for place in part] for part in places])
-        for part, result in zip(places, encoded, strict=True):
-            vectors[part] = result
-        return vectors
+        return self._side_by_side.run(texts, [len(text) for text in texts], self._encode)
 
-    def _encode_part(self, texts: list[str]) -> np.ndarray:
-        torch.set_num_threads(1)  # per thread, so it must be said in the thread that computes
-        with torch.inference_mode():
-            with self._tokenizing:  # a tokenizer refuses to be used from two threads at once
-                tokens = self._tokenizer(texts, padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt")
-            pooled = pool(self._model(**tokens).last_hidden_state, tokens["attention_mask"], self.family)
-        return np.ascontiguousarray(pooled.numpy(), np.float32)
+    def _encode(self, texts: list[str]) -> np.ndarray:
+        with self._side_by_side.tokenizing:
+            tokens = self._tokenizer(texts, padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt")
+        tokens = tokens.to(self._device)
+        if self.family.pooling == "decoder":
+            tokens["decoder_input_ids"] = torch.zeros((len(texts), 1), dtype=torch.long, device=self._device)
+        return pool(self._model(**tokens), tokens["attention_mask"], self.family).cpu().numpy()
 
 
-def pool(hidden: torch.Tensor, mask: torch.Tensor, family: Family) -> torch.Tensor:
-    """Hidden states [batch, tokens, dim] and mask [batch, tokens] to vectors [batch, dim], the family's way."""
-    if family.pooling == "cls":
-        vectors = hidden[:, 0]
+def usable_device(device: str) -> torch.device:
+    """Raises RetrieverError when it is a GPU and there is none."""
+    if device != "cpu" and not torch.cuda.is_available():
+        raise RetrieverError(
+            f'retriever.encoder_device is "cuda", but torch {torch.__version__} sees no GPU: '
+            'set "cpu", or install torch for CUDA and give the container a GPU'
+        )
+    return torch.device(device)
+
+
+def _load(folder: Path, family: Family, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Tokenizer and model; every weight that pooling needs must come from the folder, or its vectors would be noise."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model, report = _model_class(folder).from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise RetrieverError(f"{folder}: the encoder cannot be loaded ({error}); copy the whole model folder again") from error
+    missing = [name for name in report["missing_keys"] if family.pooling == "pooler_output" or "pooler" not in name]
+    if missing:
+        raise RetrieverError(f"{folder}: {len(missing)} weights are missing, such as {sorted(missing)[0]}; is this an encoder?")
+    return tokenizer, model
+
+
+def _model_class(folder: Path) -> Any:
+    """AutoModel, but for the passage half of DPR, which AutoModel would take for the question half with random weights."""
+    named = AutoConfig.from_pretrained(folder).architectures or [""]
+    return DPRContextEncoder if named[0] == "DPRContextEncoder" else AutoModel
+
+
+def _longest_text(model: Any, otherwise: int) -> int:
+    """Tokens that fit. RoBERTa and its kin number positions from after their padding token."""
+    positions = getattr(model, "max_position_embeddings", None)
+    if positions is None:  # relative positions, as in T5
+        return otherwise
+    return positions - (model.pad_token_id + 1) if "roberta" in model.model_type else positions
+
+
+def pool(output: Any, mask: torch.Tensor, family: Family) -> torch.Tensor:
+    """A model's output and mask [batch, tokens] to float32 vectors [batch, dimension], the family's way."""
+    if family.pooling == "pooler_output":
+        vectors = output.pooler_output.float()
+    elif family.pooling in ("cls", "decoder"):  # of T5 it is the decoder's only token
+        vectors = output.last_hidden_state[:, 0].float()
     else:
-        weights = mask.unsqueeze(-1).to(hidden.dtype)
-        vectors = (hidden * weights).sum(1) / weights.sum(1)
+        weights = mask.unsqueeze(-1).float()
+        vectors = (output.last_hidden_state.float() * weights).sum(1) / weights.sum(1)
     return torch.nn.functional.normalize(vectors, dim=-1) if family.normalized else vectors

@@ -61,6 +61,13 @@ def up(
         lock.close()
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def index(context: typer.Context) -> None:
+    """`index build`, `index check`, `index import PATH…`: the retriever's index, by the retriever's own command."""
+    os.environ.setdefault("FORAGE_CONFIG", DEFAULT_CONFIG)
+    os.execv(sys.executable, [sys.executable, "-m", "services.retriever", "index", *context.args])
+
+
 @config_app.command("show")
 def show(config: ConfigOption = DEFAULT_CONFIG) -> None:
     """Print the resolved run: the file, the environment's overrides, the defaults. Secrets are masked."""

@@ -48,7 +48,7 @@ def make_plan(config: Config, config_path: str, folder: Path, redis_port: int, r
     services = [
         _redis(folder / "redis", redis_port),
         python("prepare", "prepare", "assets", after=(), one_shot=True),
-        python("index", "retriever", "index", after=("prepare",), one_shot=True),
+        python("index", "retriever", "index", "build", after=("prepare",), one_shot=True),
         python("retriever", "retriever", "serve", after=("index",), is_ready=lambda: _answers(f"{config.retriever.url}/ready")),
         python("reward", "reward", after=("redis",)),
         *[python(name, "rollout", after=("redis", "retriever"), grace_s=config.rollout.shutdown_grace_s + 15) for name in workers],

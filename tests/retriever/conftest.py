@@ -13,9 +13,10 @@ import httpx
 import pytest
 
 from services.contract.config import Config, RetrieverConfig
-from services.retriever.backend import Backend, DenseBackend, load_dense
 from services.retriever.build import build_index
+from services.retriever.dense import DenseIndex, load_dense
 from services.retriever.serve import Server
+from services.retriever.service import Loaders
 
 PLACES = ["harbour", "mountain", "library", "glacier", "orchard", "foundry", "lantern", "canyon", "meadow", "quarry"]
 THINGS = ["violin", "ledger", "compass", "furnace", "sparrow", "anvil", "mirror", "garden", "tunnel", "bridge"]
@@ -52,8 +53,13 @@ def with_settings(config: Config, **retriever: Any) -> Config:
     return config.model_copy(update={"retriever": config.retriever.model_copy(update=retriever)})
 
 
-def load(config: Config) -> DenseBackend:
+def load(config: Config) -> DenseIndex:
     return load_dense(config, "REBUILD", lambda text: None)
+
+
+def first_row(index: DenseIndex, text: str) -> int:
+    """The row of the best passage for `text`."""
+    return json.loads(index.answer([(text, 1)])[0][0].document)["extra"]
 
 
 @pytest.fixture(scope="session")
@@ -67,8 +73,9 @@ def indexed(tmp_path_factory: pytest.TempPathFactory) -> Config:
 class Running:
     """A server in a thread of this process."""
 
-    def __init__(self, config: RetrieverConfig, load: Callable[[Any], Backend]) -> None:
-        self.server = Server(config, load)
+    def __init__(self, config: RetrieverConfig, load: Callable[[Any], Any] | Loaders) -> None:
+        """`load`: the loaders of all parts, or that of the dense index."""
+        self.server = Server(config, {"dense": load} if callable(load) else load)
         self._thread = threading.Thread(target=self.server.run, daemon=True)
         self._thread.start()
         until(lambda: self.server.started)
@@ -106,7 +113,7 @@ def serve() -> Iterator[Callable[..., Running]]:
     """`serve(config, load)` starts a server that is stopped after the test."""
     running: list[Running] = []
 
-    def start(config: RetrieverConfig, load: Callable[[Any], Backend]) -> Running:
+    def start(config: RetrieverConfig, load: Callable[[Any], Any]) -> Running:
         running.append(Running(config, load))
         return running[-1]
 

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from services.contract.config import Config, RetrieverConfig
-from services.retriever.backend import DenseBackend, load_dense
 from services.retriever.corpus import Corpus
+from services.retriever.dense import DenseIndex, load_dense
 from services.retriever.index import fill_index
+from services.retriever.sources import Lookup
 from tests.retriever.conftest import Running, load, passage, query, until, with_settings, write_corpus
 
 GOLDENS = json.loads((Path(__file__).parent.parent / "goldens" / "observation_text.json").read_text())["cases"]
@@ -28,21 +29,22 @@ Serve = Callable[..., Running]
 
 
 class FakeEncoder:
-    """Not an encoder: gives query i the i-th unit vector, so that a column of a score matrix can stand for a passage."""
+    """Not an encoder: gives query i the i-th unit vector, so that a column of a score matrix can stand for a passage; and
+    the canary, which is no query, the first one."""
 
     def __init__(self, queries: list[str]) -> None:
-        self.queries, self.dimension = queries, max(len(queries), 1)
+        self.places, self.dimension = {query: place for place, query in enumerate(queries)}, max(len(queries), 1)
 
     def encode(self, texts: Sequence[str], role: str) -> np.ndarray:
-        return np.eye(self.dimension, dtype=np.float32)[[self.queries.index(text) for text in texts]]
+        return np.eye(self.dimension, dtype=np.float32)[[self.places.get(text, 0) for text in texts]]
 
 
-def golden_backend(case: dict[str, Any], folder: Path) -> DenseBackend:
+def golden_backend(case: dict[str, Any], folder: Path) -> DenseIndex:
     corpus = Corpus.open(write_corpus(folder / "corpus.jsonl", case["corpus"]))
     queries = case["request"]["queries"]
     scores = np.array(case["score_matrix"], np.float32).reshape(len(queries), len(corpus))
     vectors = scores.T if queries else np.zeros((len(corpus), 1), np.float32)
-    return DenseBackend(FakeEncoder(queries), fill_index("Flat", np.ascontiguousarray(vectors)), corpus, {})
+    return DenseIndex(FakeEncoder(queries), fill_index("Flat", np.ascontiguousarray(vectors)), corpus, {})
 
 
 def refused_by_us(case: dict[str, Any]) -> bool:
@@ -92,6 +94,10 @@ def test_default_topk_and_extra_fields(service: Running) -> None:
     assert len(service.retrieve(query(1), topk=None, backend="dense", anything=[1]).json()["result"][0]) == 3
 
 
+def test_json_has_one_kind_of_number(service: Running) -> None:
+    assert len(service.retrieve(query(1), topk=2.0).json()["result"][0]) == 2
+
+
 def test_body_is_read_whatever_curl_calls_it(service: Running) -> None:
     body = json.dumps({"queries": [query(4)]})
     answer = service.client.post("/retrieve", content=body, headers={"Content-Type": "application/x-www-form-urlencoded"})
@@ -115,7 +121,7 @@ def test_body_is_read_whatever_curl_calls_it(service: Running) -> None:
         ({"queries": ["a"], "topk": -1}, ["body", "topk"], "greater than or equal to 1"),
         ({"queries": ["a"], "topk": 101}, ["body", "topk"], "less than or equal to 100"),
         ({"queries": ["a"], "topk": "3"}, ["body", "topk"], "integer"),
-        ({"queries": ["a"], "topk": 2.0}, ["body", "topk"], "integer"),
+        ({"queries": ["a"], "topk": 2.5}, ["body", "topk"], "integer"),
         ({"queries": ["a"], "topk": True}, ["body", "topk"], "integer"),
         ({"queries": ["a"], "return_scores": "yes"}, ["body", "return_scores"], "boolean"),
         ({"queries": ["a"], "return_scores": None}, ["body", "return_scores"], "boolean"),
@@ -166,26 +172,26 @@ def test_64_clients_at_once_get_what_each_gets_alone(serve: Serve, indexed: Conf
     assert running.metric("batch_size_count") < 129
 
 
-class BrokenBackend:
+class BrokenIndex:
     """The real backend until `broken` is set; then it raises, as a GPU that has gone would."""
 
     def __init__(self, config: Config) -> None:
         self.real = load(config)
-        self.corpus, self.info, self.seconds = self.real.corpus, self.real.info, {}
+        self.info, self.canary, self.seconds = self.real.info, self.real.canary, {}
         self.broken = False
 
-    def search(self, queries: Sequence[str], topks: Sequence[int]) -> Any:
+    def answer(self, keys: Sequence[Lookup]) -> Any:
         if self.broken:
             raise RuntimeError("device lost")
-        return self.real.search(queries, topks)
+        return self.real.answer(keys)
 
 
 def test_backend_failure_is_an_error_and_readiness_tells_until_it_works_again(serve: Serve, indexed: Config) -> None:
-    backend = BrokenBackend(indexed)
+    backend = BrokenIndex(indexed)
     running = serve(indexed.retriever, lambda say: backend).wait_ready()
     backend.broken = True
     answer = running.retrieve(query(1))
-    assert answer.status_code == 500
+    assert answer.status_code == 502
     assert "device lost" in answer.json()["detail"]
     assert "result" not in answer.json()
     assert running.client.get("/ready").status_code == 503
@@ -196,28 +202,29 @@ def test_backend_failure_is_an_error_and_readiness_tells_until_it_works_again(se
     assert running.metric("errors_total") == 1
 
 
-class GatedBackend(BrokenBackend):
+class GatedIndex(BrokenIndex):
     """The real backend, which answers when the gate is opened."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.gate, self.entered = threading.Event(), threading.Event()
 
-    def search(self, queries: Sequence[str], topks: Sequence[int]) -> Any:
-        self.entered.set()
-        assert self.gate.wait(20)
-        return super().search(queries, topks)
+    def answer(self, keys: Sequence[Lookup]) -> Any:
+        if list(keys) != [self.canary()]:
+            self.entered.set()
+            assert self.gate.wait(20)
+        return super().answer(keys)
 
 
 def test_full_queue_is_503_with_retry_after(serve: Serve, indexed: Config) -> None:
     config = with_settings(indexed, queue_size=2, max_queries=2, cache_size=0).retriever
-    backend = GatedBackend(indexed)
+    backend = GatedIndex(indexed)
     running = serve(config, lambda say: backend).wait_ready()
     with ThreadPoolExecutor(2) as clients:
         busy = clients.submit(running.retrieve, query(0))
         assert backend.entered.wait(20)
         waiting = clients.submit(running.retrieve, query(1), query(2))
-        until(lambda: running.server.owner.depth == 2)
+        until(lambda: running.server.service.owners["dense"].depth == 2)
         refused = running.retrieve(query(3))
         backend.gate.set()
         assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
@@ -228,14 +235,14 @@ def test_full_queue_is_503_with_retry_after(serve: Serve, indexed: Config) -> No
 def test_stopping_answers_the_batch_in_hand_and_tells_the_rest_503(
     serve: Serve, indexed: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backend = GatedBackend(indexed)
+    backend = GatedIndex(indexed)
     running = serve(indexed.retriever, lambda say: backend).wait_ready()
     monkeypatch.setattr("services.retriever.serve.CLOSE_GRACE_S", 0)
     with ThreadPoolExecutor(2) as clients:
         in_hand = clients.submit(running.retrieve, query(0))
         assert backend.entered.wait(20)
         waiting = clients.submit(running.retrieve, query(1))
-        until(lambda: running.server.owner.depth == 1)
+        until(lambda: running.server.service.owners["dense"].depth == 1)
         running.server.should_exit = True
         time.sleep(0.5)  # uvicorn looks every 0.1 s whether it shall stop
         backend.gate.set()
@@ -246,29 +253,31 @@ def test_stopping_answers_the_batch_in_hand_and_tells_the_rest_503(
 def test_ready_is_503_with_progress_and_then_200(serve: Serve, indexed: Config) -> None:
     gate = threading.Event()
 
-    def slow(say: Callable[[str], None]) -> DenseBackend:
+    def slow(say: Callable[[str], None]) -> DenseIndex:
         say("reading the index ███··· ETA 5s")
         assert gate.wait(20)
         return load_dense(indexed, "REBUILD", say)
 
     running = serve(indexed.retriever, slow)
     loading = running.client.get("/ready")
-    while loading.json()["detail"] == "starting":
+    while "starting" in loading.json()["detail"]:
         loading = running.client.get("/ready")
     assert loading.status_code == 503
-    assert loading.json() == {"status": "loading", "detail": "reading the index ███··· ETA 5s"}
+    assert loading.json() == {"status": "loading", "detail": "dense: reading the index ███··· ETA 5s"}
     assert running.client.get("/health").status_code == 200
     assert running.client.get("/info").status_code == 503
     refused = running.retrieve(query(1))
     assert (refused.status_code, "ETA 5s" in refused.json()["detail"]) == (503, True)
     gate.set()
     running.wait_ready()
-    assert running.client.get("/ready").json() == {"status": "ready", "detail": "100 passages"}
+    assert running.client.get("/ready").json() == {"status": "ready", "detail": "dense ready"}
     assert running.retrieve(query(1)).status_code == 200
 
 
 def test_info_says_what_is_served(service: Running) -> None:
-    info = service.client.get("/info").json()
+    answer = service.client.get("/info").json()
+    assert (answer["backends"], answer["default_backend"], answer["max_queries"]) == (["dense"], "dense", 512)
+    info = answer["dense"]
     assert info["encoder"] == "hashing-1024-v1"
     assert (info["family"], info["index"], info["passages"], info["dimension"]) == ("hashing", "Flat", 100, 1024)
     assert len(info["index_digest"]) == 64
@@ -281,8 +290,8 @@ def test_metrics_count_what_happens(serve: Serve, indexed: Config) -> None:
     running.retrieve("")
     names = ["requests_total", "errors_total", "queries_total", "cache_hits_total", "cache_misses_total", "queue_depth", "passages"]
     assert {name: running.metric(name) for name in names} == dict(zip(names, [3, 1, 4, 2, 2, 0, 100], strict=True))
-    for name in ("batch_size_count", "encode_seconds_count", "search_seconds_count"):
-        assert running.metric(name) == 1
+    for name in ("batch_size_count", "stage_seconds_count"):
+        assert running.metric(name) == (1 if name.startswith("batch") else 2)
     assert running.metric("request_seconds_count") == 3
 
 

@@ -3,22 +3,21 @@
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tomli_w
 
 from services.contract.config import Config, dump_config
-from services.retriever.build import build_index, plan_batches
+from services.retriever.build import build_index
 from services.retriever.encoder import HashingEncoder
 from services.retriever.errors import CorpusError, IndexMismatch, RetrieverError
 from services.retriever.files import sole_writer
-from tests.retriever.conftest import load, make_config, passage, query, with_settings, write_corpus
+from tests.retriever.conftest import first_row, load, make_config, passage, query, with_settings, write_corpus
 
 
 @pytest.fixture
@@ -53,15 +52,6 @@ def test_embeddings_are_in_corpus_order(built: Config) -> None:
     assert np.array_equal(stored, HashingEncoder().encode([passage(n)["contents"] for n in range(70)], "passage"))
 
 
-def test_plan_covers_every_row_once_and_is_repeatable() -> None:
-    lengths = np.random.default_rng(0).integers(10, 1000, 333)
-    plan = plan_batches(lengths)
-    assert sorted(np.concatenate(plan).tolist()) == list(range(333))
-    assert all(np.array_equal(a, b) for a, b in zip(plan, plan_batches(lengths), strict=True))
-    spread = [int(lengths[rows].max() - lengths[rows].min()) for rows in plan]
-    assert max(spread) < 300  # of 990, were they not sorted
-
-
 def test_second_build_does_nothing_and_says_so_in_one_line(built: Config, caplog: pytest.LogCaptureFixture) -> None:
     before = files(built)
     with caplog.at_level(logging.INFO):
@@ -74,7 +64,7 @@ def test_second_build_does_nothing_and_says_so_in_one_line(built: Config, caplog
 def test_changed_corpus_is_rebuilt(built: Config) -> None:
     write_corpus(built.data.corpus_path, [passage(n) for n in range(40)])
     assert build_index(built).rows == 40
-    assert load(built).search([query(39)], [1])[0][0].row == 39
+    assert first_row(load(built), query(39)) == 39
 
 
 def test_touched_but_equal_corpus_is_not_rebuilt(built: Config) -> None:
@@ -90,14 +80,14 @@ def test_another_factory_uses_the_embeddings_again(built: Config, caplog: pytest
         build_index(with_settings(built, index_factory="HNSW16"))
     assert "used again" in caplog.text
     assert files(built)["embeddings.npy"] == before["embeddings.npy"]
-    assert load(with_settings(built, index_factory="HNSW16")).search([query(3)], [1])[0][0].row == 3
+    assert first_row(load(with_settings(built, index_factory="HNSW16")), query(3)) == 3
 
 
 def test_lost_embeddings_are_encoded_again(built: Config) -> None:
     for name in ("manifest.json", "embeddings.npy"):
         (built.data.index_folder / name).unlink()
     build_index(built)
-    assert load(built).search([query(69)], [1])[0][0].row == 69
+    assert first_row(load(built), query(69)) == 69
 
 
 def test_truncated_index_is_rebuilt(built: Config) -> None:
@@ -111,7 +101,7 @@ def test_truncated_index_is_rebuilt(built: Config) -> None:
 def test_unreadable_manifest_is_rebuilt(built: Config) -> None:
     (built.data.index_folder / "manifest.json").write_text("{")
     build_index(built)
-    assert load(built).search([query(3)], [1])[0][0].row == 3
+    assert first_row(load(built), query(3)) == 3
 
 
 def test_broken_line_stops_before_encoding(tmp_path: Path) -> None:
@@ -180,36 +170,44 @@ def test_loading_without_an_index_says_how_to_build_it(tmp_path: Path) -> None:
         load(make_config(tmp_path))
 
 
-def test_kill_while_encoding_leaves_nothing_whole_and_is_resumed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    build_index(make_config(tmp_path, rows=70))
-    config = make_config(tmp_path, rows=20_000, index_checkpoint_s=0)
-    kill_after_batches(config, 5)
+@pytest.mark.parametrize(
+    ("limit", "factory", "says"),
+    [
+        (100_000, "Flat", "embeddings.npy.part: no room for 286,720 bytes of embeddings"),
+        (290_000, "HNSW16", "index.faiss: cannot be written"),
+    ],
+)
+def test_full_disk_is_told_and_leaves_nothing_that_looks_whole(tmp_path: Path, limit: int, factory: str, says: str) -> None:
+    """A limit on the size of files stands for a full disk: the same calls fail."""
+    config = make_config(tmp_path / "data", rows=70, index_factory=factory)
+    script = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
+        "from services.retriever.__main__ import main; main()"
+    )
+    path = tmp_path / "run.toml"
+    path.write_text(tomli_w.dumps(dump_config(config)))
+    ended = subprocess.run([sys.executable, "-c", script, "index", "build", "--config", str(path)], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert says in ended.stderr
+    assert "free some or move data.directory" in ended.stderr
+    assert "Traceback" not in ended.stderr
     assert not (config.data.index_folder / "manifest.json").exists()
     assert not (config.data.index_folder / "index.faiss").exists()
-    with pytest.raises(IndexMismatch, match="no whole index"):
-        load(config)
-    done = batches_done(config)
-    with caplog.at_level(logging.INFO):
-        build_index(with_settings(config, index_checkpoint_s=10))
-    assert f"resuming the embeddings: {done} of 313 batches were done" in caplog.text
-    stored = np.load(config.data.index_folder / "embeddings.npy")
-    assert np.array_equal(stored, HashingEncoder().encode([passage(n)["contents"] for n in range(20_000)], "passage"))
-    assert load(config).search([query(77) + " m12345"], [1])
+    assert not list(config.data.index_folder.glob("*.tmp"))
+    assert build_index(config).rows == 70
 
 
-def kill_after_batches(config: Config, batches: int) -> None:
-    """Start the real command and SIGKILL it in the middle of encoding."""
-    environment = {**os.environ, "FORAGE_DATA__DIRECTORY": str(config.data.directory)}
-    for key, value in dump_config(config)["retriever"].items():
-        environment[f"FORAGE_RETRIEVER__{key.upper()}"] = str(value)
-    process = subprocess.Popen([sys.executable, "-m", "services.retriever", "index"], env=environment, stdout=subprocess.DEVNULL)
-    while not (config.data.index_folder / "embeddings.npy.part").exists() or batches_done(config) < batches:
-        assert process.poll() is None, "the build ended before it could be killed"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+def test_bad_search_parameters_stop_before_encoding(tmp_path: Path) -> None:
+    config = make_config(tmp_path, rows=5, index_search="nprobe=4")
+    with pytest.raises(RetrieverError, match=r"retriever.index_search 'nprobe=4'.*no 'nprobe'"):
+        build_index(config)
+    assert not (config.data.index_folder / "embeddings.npy.part").exists()
 
 
-def batches_done(config: Config) -> int:
-    path = config.data.index_folder / "embeddings.json"
-    return json.loads(path.read_text())["batches_done"] if path.exists() else 0
+def test_mapped_index_is_served_without_reading_its_digest(built: Config) -> None:
+    mapped = with_settings(built, index_mmap=True)
+    edit_manifest(built, index_sha256="other")
+    assert first_row(load(mapped), query(3)) == 3
+    os.utime(built.data.index_folder / "index.faiss", ns=(1, 1))
+    with pytest.raises(IndexMismatch, match="index_sha256"):
+        load(mapped)

@@ -39,7 +39,7 @@ def service(config: Config) -> Iterator[Running]:
 
 
 def test_family_is_told_from_the_prepared_folder(service: Running) -> None:
-    info = service.client.get("/info").json()
+    info = service.client.get("/info").json()["dense"]
     assert (info["family"], info["pooling"], info["normalized"], info["dimension"]) == ("minilm", "mean", True, 384)
 
 
@@ -60,8 +60,8 @@ def test_passage_finds_itself_with_cosine_one(service: Running) -> None:
 def test_score_does_not_depend_on_company(config: Config) -> None:
     """Padding to the longest text of a batch changes nothing that counts."""
     backend, queries = load(config), [*FACTS, "x " * 200]
-    together = backend.search(queries, [3] * len(queries))
+    together = backend.answer([(asked, 3) for asked in queries])
     for asked, found in zip(queries, together, strict=True):
-        alone = backend.search([asked], [3])[0]
-        assert [hit.row for hit in alone] == [hit.row for hit in found]
+        alone = backend.answer([(asked, 3)])[0]
+        assert [hit.document for hit in alone] == [hit.document for hit in found]
         assert [hit.score for hit in alone] == pytest.approx([hit.score for hit in found], abs=1e-5)

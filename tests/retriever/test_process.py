@@ -30,12 +30,14 @@ def config_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def indexed_file(config_file: Path) -> Path:
-    assert run("index", config_file).returncode == 0
+    assert run("index build", config_file).returncode == 0
     return config_file
 
 
 def run(command: str, config: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, command, "--config", str(config), *arguments], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [*COMMAND, *command.split(), "--config", str(config), *arguments], capture_output=True, text=True, timeout=60
+    )
 
 
 class Serving:
@@ -63,11 +65,37 @@ def serving(indexed_file: Path) -> Iterator[Serving]:
 
 
 def test_index_shows_a_bar_and_the_second_run_one_line(config_file: Path) -> None:
-    first, second = run("index", config_file), run("index", config_file)
+    first, second = run("index build", config_file), run("index build", config_file)
     assert "encoding passages" in first.stdout
     assert "100/100" in first.stdout
     assert len(second.stdout.splitlines()) == 1
     assert "nothing to do" in second.stdout
+
+
+def test_check_says_whole_or_names_the_field_with_exit_code_1(indexed_file: Path) -> None:
+    whole = run("index check", indexed_file)
+    assert whole.returncode == 0
+    assert "whole, of this corpus and this encoder" in whole.stdout
+    (indexed_file.parent / "data" / "index" / "index.faiss").write_bytes(b"short")
+    broken = run("index check", indexed_file)
+    assert broken.returncode == 1
+    assert "index_bytes is " in broken.stderr
+    assert f"Rebuild it: python -m services.retriever index build --config {indexed_file}" in broken.stderr
+
+
+def test_forage_index_import_passes_through_to_the_retriever(indexed_file: Path) -> None:
+    folder = indexed_file.parent / "data" / "index"
+    content = (folder / "index.faiss").read_bytes()
+    parts = [indexed_file.parent / name for name in ("part_aa", "part_ab")]
+    parts[0].write_bytes(content[:1000])
+    parts[1].write_bytes(content[1000:])
+    for path in folder.iterdir():
+        path.unlink()
+    command = [sys.executable, "-m", "services.suite", "index", "import", *map(str, parts), "--config", str(indexed_file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "index imported: 100 passages" in done.stdout
+    assert (folder / "index.faiss").read_bytes() == content
 
 
 def test_stop_under_load_answers_or_says_503_and_exits_clean(serving: Serving) -> None:
@@ -112,14 +140,14 @@ def test_serve_refuses_an_index_of_another_corpus_and_names_the_command(indexed_
     refused = run("serve", indexed_file)
     assert refused.returncode == 1
     assert "rows is 100 in the index, 101 now" in refused.stderr
-    assert f"python -m services.retriever index --config {indexed_file}" in refused.stderr
+    assert f"python -m services.retriever index build --config {indexed_file}" in refused.stderr
     assert "Traceback" not in refused.stdout + refused.stderr
 
 
 def test_serve_without_an_index_names_the_command(config_file: Path) -> None:
     refused = run("serve", config_file)
     assert refused.returncode == 1
-    assert f"Build it: python -m services.retriever index --config {config_file}" in refused.stderr
+    assert f"Build it: python -m services.retriever index build --config {config_file}" in refused.stderr
 
 
 def test_taken_port_is_named(indexed_file: Path) -> None:
@@ -134,6 +162,6 @@ def test_taken_port_is_named(indexed_file: Path) -> None:
 
 def test_unknown_key_is_named(config_file: Path) -> None:
     config_file.write_text(config_file.read_text() + "topkk = 3\n")
-    refused = run("index", config_file)
+    refused = run("index build", config_file)
     assert refused.returncode == 1
     assert "retriever.topkk: unknown key" in refused.stderr

@@ -1,15 +1,14 @@
-"""Encoder, index and corpus as one thing that answers queries, loaded only if they belong together.
+"""Encoder, FAISS index and corpus as one resource, loaded only if they belong together.
 
 `load_dense` is the only way in: every check that keeps a wrong passage from being served happens there.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -18,64 +17,55 @@ from services.contract.telemetry import Progress
 from services.retriever.corpus import Corpus
 from services.retriever.encoder import Encoder, describe_encoder, load_encoder
 from services.retriever.errors import IndexMismatch, RetrieverError
-from services.retriever.index import FaissIndex, Hit
-from services.retriever.manifest import check_index_file, corpus_digest, identify, index_path, index_problems, read_manifest
-
-log = logging.getLogger("retriever")
-
-Say = Callable[[str], None]
-"""Hears what is being done, for people who wait on /ready."""
-
-
-class Backend(Protocol):
-    """What the owner thread drives. One thread at a time calls it."""
-
-    @property
-    def corpus(self) -> Corpus: ...
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """What /info answers about it."""
-        ...
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """How long each stage of the last search took."""
-        ...
-
-    def search(self, queries: Sequence[str], topks: Sequence[int]) -> list[list[Hit]]:
-        """At most `topks[i]` hits for `queries[i]`, best first."""
-        ...
+from services.retriever.index import FaissIndex
+from services.retriever.manifest import (
+    check_index_file,
+    corpus_digest,
+    identify,
+    index_path,
+    index_problems,
+    looks_untouched,
+    read_manifest,
+)
+from services.retriever.owner import Say
+from services.retriever.passages import Passage
+from services.retriever.sources import Lookup
 
 
-class DenseBackend:
+class DenseIndex:
+    """A `Resource` of lookups: (query, topk) to at most topk passages, best first, by inner product."""
+
     def __init__(self, encoder: Encoder, index: FaissIndex, corpus: Corpus, info: dict[str, Any]) -> None:
         self.corpus, self.info = corpus, info
         self.seconds: dict[str, float] = {}
         self._encoder, self._index = encoder, index
 
-    def search(self, queries: Sequence[str], topks: Sequence[int]) -> list[list[Hit]]:
+    def canary(self) -> Lookup:
+        return self.corpus.canary(), 1
+
+    def answer(self, keys: Sequence[Lookup]) -> list[list[Passage]]:
         started = time.perf_counter()
+        queries = list(dict.fromkeys(query for query, _ in keys))
         vectors = self._encoder.encode(queries, "query")
         if not np.isfinite(vectors).all():
             raise RuntimeError("the encoder gave a number that is not finite")
         encoded = time.perf_counter()
-        hits = self._search(vectors, topks)
+        found = self._search(keys, {query: place for place, query in enumerate(queries)}, vectors)
         self.seconds = {"encode": encoded - started, "search": time.perf_counter() - encoded}
-        return hits
+        return [found[key] for key in keys]
 
-    def _search(self, vectors: np.ndarray, topks: Sequence[int]) -> list[list[Hit]]:
+    def _search(self, keys: Sequence[Lookup], place: dict[str, int], vectors: np.ndarray) -> dict[Lookup, list[Passage]]:
         """One search per distinct topk: an approximate index answers differently to a larger one, and no request may
         change another's answer."""
-        hits: list[list[Hit]] = [[] for _ in topks]
-        for topk in set(topks):
-            places = [place for place, wanted in enumerate(topks) if wanted == topk]
-            for place, found in zip(places, self._index.search(vectors[places], topk), strict=True):
-                hits[place] = found
-        return hits
+        found: dict[Lookup, list[Passage]] = {}
+        for topk in {topk for _, topk in keys}:
+            mine = [key for key in keys if key[1] == topk]
+            hits = self._index.search(vectors[[place[query] for query, _ in mine]], topk)
+            found.update(zip(mine, ([Passage(self.corpus.line(h.row), h.score) for h in one] for one in hits), strict=True))
+        return found
 
 
-def load_dense(config: Config, rebuild: str, say: Say) -> DenseBackend:
+def load_dense(config: Config, rebuild: str, say: Say) -> DenseIndex:
     """Raises IndexMismatch, naming the fields and ending in the `rebuild` command, unless index, corpus and encoder agree."""
     folder, threads = config.data.index_folder, config.retriever.threads
     say("opening the corpus")
@@ -86,16 +76,17 @@ def load_dense(config: Config, rebuild: str, say: Say) -> DenseBackend:
         raise IndexMismatch(f"{folder}: no whole index here (manifest.json is missing). Build it: {rebuild}")
     digest = corpus_digest(corpus.path, manifest, _progress("reading the corpus", corpus.path.stat().st_size, say))
     problems = index_problems(folder, manifest, identify(description, corpus, digest), config.retriever.index_factory)
-    problems = problems or check_index_file(folder, manifest, _progress("checking the index", manifest.index_bytes, say))
+    if not problems and not (config.retriever.index_mmap and looks_untouched(folder, manifest)):
+        problems = check_index_file(folder, manifest, _progress("checking the index", manifest.index_bytes, say))
     if problems:
         raise IndexMismatch(f"{folder}: the index does not belong to this run: {'; '.join(problems)}. Rebuild it: {rebuild}")
     say(f"loading the encoder {description.name}")
     encoder = load_encoder(description, threads)
     say(f"loading the index ({manifest.index_bytes:,} bytes)")
-    index = FaissIndex.load(index_path(folder), threads)
+    settings = config.retriever
+    index = FaissIndex.load(index_path(folder), threads, settings.index_search, settings.index_mmap, settings.index_device)
     _agree(index, encoder, corpus, rebuild)
     info = {
-        "backend": "dense",
         "encoder": description.name,
         "encoder_digest": description.digest,
         "family": description.family.name,
@@ -108,10 +99,10 @@ def load_dense(config: Config, rebuild: str, say: Say) -> DenseBackend:
         "passages": index.rows,
         "corpus_digest": manifest.corpus_sha256,
     }
-    backend = DenseBackend(encoder, index, corpus, info)
+    dense = DenseIndex(encoder, index, corpus, info)
     say("asking the canary query")
-    ask_canary(backend)
-    return backend
+    ask_canary(dense)
+    return dense
 
 
 def _progress(label: str, total: int, say: Say) -> Callable[[int], None]:
@@ -133,8 +124,8 @@ def _agree(index: FaissIndex, encoder: Encoder, corpus: Corpus, rebuild: str) ->
         )
 
 
-def ask_canary(backend: Backend) -> None:
+def ask_canary(dense: DenseIndex) -> None:
     """The start of the first passage must find something in the corpus."""
-    hits = backend.search([backend.corpus.canary()], [1])[0]
-    if not hits or not 0 <= hits[0].row < len(backend.corpus) or not math.isfinite(hits[0].score):
-        raise RetrieverError(f"the canary query was answered with {hits}: the index is not usable")
+    (found,) = dense.answer([dense.canary()])
+    if not found or not math.isfinite(found[0].score):
+        raise RetrieverError(f"the canary query was answered with {found}: the index is not usable")

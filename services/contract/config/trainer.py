@@ -1,0 +1,68 @@
+"""Settings of the trainer and of what it optimises."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from services.contract.config.base import Fraction, NonNegative, Positive, Seconds, Section
+
+
+class WarmStartConfig(Section):
+    epochs: NonNegative = 1
+    """Passes over the demonstrations; 0 leaves the warm start out."""
+    batch_size: Positive = 8
+    """Demonstrations per optimizer step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-5
+    warmup_steps: NonNegative = 2
+
+
+class ObjectiveConfig(Section):
+    advantage: Literal["grpo", "dr_grpo"] = "grpo"
+    """`dr_grpo` leaves out the division by the group's standard deviation."""
+    clip_low: Fraction = 0.2
+    clip_high: Annotated[float, Field(ge=0)] = 0.28
+    kl_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the KL to the reference policy in the loss. 0 keeps no reference in memory."""
+    kl_estimator: Literal["k1", "k2", "k3", "low_var"] = "low_var"
+    importance: Literal["none", "tis", "icepop"] = "tis"
+    """Correction for the mismatch between engine and trainer, by their log-prob ratio."""
+    importance_low: Annotated[float, Field(ge=0)] = 0.0
+    importance_high: Annotated[float, Field(gt=0)] = 2.0
+    aggregate: Literal["rollout_mean", "token_mean"] = "rollout_mean"
+    """Mean over each rollout's model tokens, then over rollouts; or mean over all model tokens of the batch."""
+
+
+class TrainerConfig(Section):
+    device: Literal["cpu", "cuda"] = "cpu"
+    processes: Positive = 1
+    """Ranks started by torchrun on this machine."""
+    threads: Positive = 2
+    """Of each rank, on a CPU."""
+    tensor_parallel: Positive = 1
+    pipeline_parallel: Positive = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    steps: NonNegative = 20
+    groups_per_step: Positive = 8
+    samples_per_prompt: Annotated[int, Field(ge=2)] = 6
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    warmup_steps: NonNegative = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.98
+    clip_grad: Annotated[float, Field(gt=0)] = 1.0
+    max_tokens_per_microbatch: Positive = 2048
+    max_staleness: NonNegative = 0
+    """Versions a trajectory may lag behind the one being trained; 0 is the synchronous recipe."""
+    collect_timeout_s: Seconds = 3600
+    """No finished group for so long stops the run with a report of where the groups are."""
+    checkpoint_every: Positive = 5
+    keep_checkpoints: Positive = 2
+    eval_every: NonNegative = 0
+    """GRPO steps between evaluations; 0 evaluates only before and after."""
+    eval_questions: NonNegative = 200
+    """Held-out questions per evaluation, taken evenly from every kind; 0 takes all."""
+    distributed_timeout_s: Seconds = 1800
+    warm_start: WarmStartConfig = WarmStartConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()

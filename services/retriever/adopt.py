@@ -1,0 +1,116 @@
+"""`index import`: a published FAISS index, in one file or in parts, becomes this run's, if it is of this corpus and encoder.
+
+One file is linked, not copied, where it lies on the same file system. Parts are joined straight into the index folder (file
+systems that can share blocks do). What its header tells is checked before anything is copied, the rest before the manifest
+of an earlier index is touched: a refused import leaves everything as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from services.contract.config import Config
+from services.contract.telemetry import Progress
+from services.retriever.build import readable_manifest
+from services.retriever.check import content_problems
+from services.retriever.corpus import Corpus
+from services.retriever.encoder import EncoderDescription, describe_encoder, load_encoder
+from services.retriever.errors import IndexMismatch, RetrieverError
+from services.retriever.files import need_room, sole_writer, sync, written_whole
+from services.retriever.flat_file import HEADER, flat_header
+from services.retriever.index import FaissIndex, kind, new_index
+from services.retriever.manifest import (
+    Manifest,
+    corpus_digest,
+    identify,
+    index_path,
+    make_manifest,
+    manifest_path,
+    write_manifest,
+)
+
+log = logging.getLogger("retriever")
+
+COPY_BYTES = 64 << 20
+
+
+def import_index(config: Config, parts: Sequence[Path]) -> Manifest:
+    """Adopt the index that `parts`, one after another, are. Raises IndexMismatch naming what does not fit."""
+    for part in parts:
+        if not part.is_file():
+            raise RetrieverError(f"{part}: no such file; give the index file, or its parts in their order")
+    folder = config.data.index_folder
+    with sole_writer(folder):
+        corpus, encoder = Corpus.open(config.data.corpus_path), describe_encoder(config)
+        identity = identify(encoder, corpus, corpus_digest(corpus.path, readable_manifest(folder)))
+        _check_header(parts, len(corpus), encoder.dimension)
+        with written_whole(index_path(folder)) as temporary:
+            _bring(parts, temporary)
+            _check_content(config, temporary, encoder, corpus)
+            manifest_path(folder).unlink(missing_ok=True)
+            sync(folder)
+        manifest = make_manifest(folder, identity, corpus, encoder.name, config.retriever.index_factory, imported=True)
+        write_manifest(folder, manifest)
+    log.info("index imported: %s passages, dimension %d, %s", f"{len(corpus):,}", identity.dimension, manifest.factory)
+    return manifest
+
+
+def _check_header(parts: Sequence[Path], rows: int, dimension: int) -> None:
+    """What a flat index tells in its first bytes; of other kinds nothing is known yet."""
+    with parts[0].open("rb") as file:
+        header = flat_header(file.read(HEADER.size), parts[0])
+    if header is None:
+        return
+    size, name = sum(part.stat().st_size for part in parts), ", ".join(part.name for part in parts)
+    problems = []
+    if header.rows != rows:
+        problems.append(f"rows: {header.rows:,} in the index, {rows:,} in the corpus; set data.corpus to the one it was built from")
+    if header.dimension != dimension:
+        problems.append(f"dimension: {header.dimension} in the index, {dimension} from the encoder; set retriever.encoder")
+    if size != header.file_bytes:
+        problems.append(f"size: {size:,} bytes, its header says {header.file_bytes:,} (a part is missing or cut short)")
+    if problems:
+        raise IndexMismatch(f"{name}: this index cannot be imported: {'; '.join(problems)}")
+
+
+def _bring(parts: Sequence[Path], target: Path) -> None:
+    target.unlink(missing_ok=True)
+    if len(parts) == 1:
+        try:
+            target.hardlink_to(parts[0].resolve())
+            return
+        except OSError:  # another file system, or one without links
+            pass
+    size = sum(part.stat().st_size for part in parts)
+    need_room(target.parent, size, "the imported index")
+    with target.open("wb") as out, Progress("copying the index", size, "bytes") as bar:
+        for part in parts:
+            with part.open("rb") as file:
+                while copied := _copy(file.fileno(), out.fileno()):
+                    bar.advance(copied)
+
+
+def _copy(source: int, target: int) -> int:
+    """Bytes copied, 0 at the end. The kernel shares the blocks where the file system can."""
+    try:
+        return os.copy_file_range(source, target, COPY_BYTES)
+    except OSError:  # between some file systems it is not possible
+        return os.write(target, os.read(source, COPY_BYTES))
+
+
+def _check_content(config: Config, path: Path, description: EncoderDescription, corpus: Corpus) -> None:
+    settings = config.retriever
+    index = FaissIndex.load(path, settings.threads, settings.index_search, mmap=True)
+    wanted = kind(new_index(settings.index_factory, description.dimension))
+    problems = []
+    if index.kind != wanted:
+        problems = [
+            f"factory: the file is {index.kind}, retriever.index_factory {settings.index_factory!r} makes {wanted}; "
+            "set it to what the index was built with"
+        ]
+    problems = problems or content_problems(index, load_encoder(description, settings.threads), corpus)
+    if problems:
+        raise IndexMismatch(f"{path.name.removesuffix('.tmp')}: this index cannot be imported: {'; '.join(problems)}")

@@ -1,0 +1,1 @@
+"""A search provider's API instead of a corpus."""
