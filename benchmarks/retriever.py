@@ -76,7 +76,7 @@ def texts(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def prepared(arguments: argparse.Namespace, **retriever: object) -> Path:
-    settings = {"encoder_family": "minilm", "max_batch": 64, **retriever}
+    settings = {"encoder_family": "minilm", "max_batch": 32, **retriever}
     config = write_config(arguments.folder, arguments.corpus, arguments.encoder, **settings)
     build(config)
     return config

@@ -22,9 +22,7 @@ import msgspec
 import numpy as np
 
 from services.contract.config import Config
-from services.contract.telemetry import Progress
 from services.retriever.bm25_build import (
-    bm25_corpus_digest,
     bm25_differences,
     bm25_folder,
     identify_bm25,
@@ -34,8 +32,9 @@ from services.retriever.bm25_build import (
 from services.retriever.corpus import CANARY_CHARS, Corpus
 from services.retriever.errors import IndexMismatch, RetrieverError
 from services.retriever.lucene import LuceneHit, LuceneIndex, Stored, start_jvm, versions
-from services.retriever.owner import Say
+from services.retriever.manifest import corpus_digest
 from services.retriever.passages import Passage
+from services.retriever.saying import Say, said_progress
 from services.retriever.sources import Lookup
 
 SAMPLE = 32
@@ -179,7 +178,8 @@ def _built_index(config: Config, corpus: Corpus, rebuild: str, say: Say) -> tupl
     if manifest is None:
         raise IndexMismatch(f"{folder}: no whole BM25 index here (manifest.json is missing). Build it: {rebuild}")
     say("comparing the corpus with the BM25 index")
-    problems = bm25_differences(manifest, identify_bm25(corpus, bm25_corpus_digest(corpus.path, manifest)))
+    on_bytes = said_progress("reading the corpus", corpus.path.stat().st_size, "bytes", say)
+    problems = bm25_differences(manifest, identify_bm25(corpus, corpus_digest(corpus.path, manifest, on_bytes)))
     if problems:
         raise IndexMismatch(f"{folder}: the BM25 index does not belong to this run: {'; '.join(problems)}. Rebuild it: {rebuild}")
     return lucene_folder(folder), {"corpus_digest": manifest.corpus_sha256}
@@ -205,7 +205,7 @@ def match_docids(index: LuceneIndex, corpus: Corpus, mend: str, say: Say) -> Doc
     as_rows = first_misfit(index, corpus, rows, sample)
     if as_rows is None:
         return rows
-    ids = CorpusIds(corpus, _progress("reading the ids of the corpus", len(corpus), say))
+    ids = CorpusIds(corpus, said_progress("reading the ids of the corpus", len(corpus), "passages", say))
     as_ids = first_misfit(index, corpus, ids, sample)
     if as_ids is None:
         return ids
@@ -249,13 +249,3 @@ def _contents_of(raw: str | None) -> str | None:
         return None
     contents = decoded.get("contents") if isinstance(decoded, dict) else None
     return contents if isinstance(contents, str) else None
-
-
-def _progress(label: str, total: int, say: Say) -> Callable[[int], None]:
-    bar = Progress(label, total, "passages")
-
-    def on_rows(count: int) -> None:
-        bar.advance(count)
-        say(bar.line())
-
-    return on_rows

@@ -27,8 +27,9 @@ from services.contract.config import Config
 from services.contract.telemetry import Progress
 from services.retriever.corpus import Corpus
 from services.retriever.errors import IndexMismatch, RetrieverError
-from services.retriever.files import publish, sha256, sole_writer, sync, write_whole
+from services.retriever.files import publish, sole_writer, sync, write_whole
 from services.retriever.lucene import ANALYZER, LuceneIndex, LuceneWriter, start_jvm, versions
+from services.retriever.manifest import corpus_digest
 
 log = logging.getLogger("retriever")
 
@@ -62,7 +63,7 @@ def build_bm25(config: Config) -> None:
         corpus = Corpus.open(config.data.corpus_path)
         start_jvm(config.retriever.bm25.heap)
         known = _readable_manifest(folder)
-        wanted = identify_bm25(corpus, bm25_corpus_digest(corpus.path, known))
+        wanted = identify_bm25(corpus, corpus_digest(corpus.path, known))
         reasons = _reasons_to_build(folder, known, wanted)
         if not reasons:
             log.info("BM25 index at %s is whole and matches (%s passages): nothing to do", folder, f"{len(corpus):,}")
@@ -145,15 +146,6 @@ def identify_bm25(corpus: Corpus, digest: str) -> Bm25Identity:
     """The JVM must run."""
     now = versions()
     return Bm25Identity(rows=len(corpus), corpus_sha256=digest, pyserini=now["pyserini"], lucene=now["lucene"])
-
-
-def bm25_corpus_digest(path: Path, manifest: Bm25Manifest | None) -> str:
-    """From the manifest while the file is visibly the same one; otherwise read in full."""
-    now = path.stat()
-    if manifest and (manifest.corpus_bytes, manifest.corpus_mtime_ns) == (now.st_size, now.st_mtime_ns):
-        return manifest.corpus_sha256
-    with Progress("reading the corpus", now.st_size, "bytes") as bar:
-        return sha256(path, bar.advance)
 
 
 def read_bm25_manifest(folder: Path, mend: str) -> Bm25Manifest | None:

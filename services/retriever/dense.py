@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from services.contract.config import Config
-from services.contract.telemetry import Progress
 from services.retriever.corpus import Corpus
 from services.retriever.encoder import Encoder, describe_encoder, load_encoder
 from services.retriever.errors import IndexMismatch, RetrieverError
@@ -27,8 +26,8 @@ from services.retriever.manifest import (
     looks_untouched,
     read_manifest,
 )
-from services.retriever.owner import Say
 from services.retriever.passages import Passage
+from services.retriever.saying import Say, said_progress
 from services.retriever.sources import Lookup
 
 
@@ -74,10 +73,10 @@ def load_dense(config: Config, rebuild: str, say: Say) -> DenseIndex:
     manifest = read_manifest(folder)
     if manifest is None:
         raise IndexMismatch(f"{folder}: no whole index here (manifest.json is missing). Build it: {rebuild}")
-    digest = corpus_digest(corpus.path, manifest, _progress("reading the corpus", corpus.path.stat().st_size, say))
+    digest = corpus_digest(corpus.path, manifest, said_progress("reading the corpus", corpus.path.stat().st_size, "bytes", say))
     problems = index_problems(folder, manifest, identify(description, corpus, digest), config.retriever.index_factory)
     if not problems and not (config.retriever.index_mmap and looks_untouched(folder, manifest)):
-        problems = check_index_file(folder, manifest, _progress("checking the index", manifest.index_bytes, say))
+        problems = check_index_file(folder, manifest, said_progress("checking the index", manifest.index_bytes, "bytes", say))
     if problems:
         raise IndexMismatch(f"{folder}: the index does not belong to this run: {'; '.join(problems)}. Rebuild it: {rebuild}")
     say(f"loading the encoder {description.name}")
@@ -103,16 +102,6 @@ def load_dense(config: Config, rebuild: str, say: Say) -> DenseIndex:
     say("asking the canary query")
     ask_canary(dense)
     return dense
-
-
-def _progress(label: str, total: int, say: Say) -> Callable[[int], None]:
-    bar = Progress(label, total, "bytes")
-
-    def on_bytes(count: int) -> None:
-        bar.advance(count)
-        say(bar.line())
-
-    return on_bytes
 
 
 def _agree(index: FaissIndex, encoder: Encoder, corpus: Corpus, rebuild: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from services.contract.config import Config
-from services.retriever.owner import Resource, Say
+from services.retriever.owner import Resource
+from services.retriever.saying import Say
 from services.retriever.service import Loaders
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -78,7 +79,20 @@ def identify(encoder: EncoderDescription, corpus: Corpus, corpus_sha256: str) ->
     )
 
 
-def corpus_digest(path: Path, manifest: Manifest | None, on_bytes: Callable[[int], None] | None = None) -> str:
+class CorpusStamp(Protocol):
+    """What a manifest remembers of the corpus file."""
+
+    @property
+    def corpus_sha256(self) -> str: ...
+
+    @property
+    def corpus_bytes(self) -> int: ...
+
+    @property
+    def corpus_mtime_ns(self) -> int: ...
+
+
+def corpus_digest(path: Path, manifest: CorpusStamp | None, on_bytes: Callable[[int], None] | None = None) -> str:
     """From the manifest while the file is visibly the same one; otherwise read in full."""
     now = path.stat()
     if manifest and (manifest.corpus_bytes, manifest.corpus_mtime_ns) == (now.st_size, now.st_mtime_ns):

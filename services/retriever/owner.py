@@ -28,12 +28,11 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 from services.contract.config import RetrieverConfig
 from services.retriever.errors import BackendFailure, DeadlinePassed, NotReady, QueueFull, RetrieverError
 from services.retriever.metrics import Metrics
+from services.retriever.saying import Say
 
 log = logging.getLogger("retriever")
 
 State = Literal["loading", "ready", "failed", "closing", "closed"]
-Say = Callable[[str], None]
-"""Hears what is being done, for people who wait on /ready."""
 K = TypeVar("K", bound=Hashable)
 A = TypeVar("A")
 

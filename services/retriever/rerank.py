@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from services.contract.config import RetrieverConfig
 from services.retriever.encoder import folder_digest
 from services.retriever.errors import RetrieverError
-from services.retriever.owner import Say
+from services.retriever.saying import Say
 from services.retriever.sources import Pair
 from services.retriever.transformer import SideBySide
 

@@ -13,7 +13,8 @@ from typing import Any, Literal, cast
 from services.contract.config import RetrieverConfig
 from services.retriever.errors import BackendFailure, DeadlinePassed, NotReady, QueueFull
 from services.retriever.metrics import Metrics
-from services.retriever.owner import Owner, Resource, Say, State
+from services.retriever.owner import Owner, Resource, State
+from services.retriever.saying import Say
 from services.retriever.sources import Hybrid, Indexed, Reranked, Source
 from services.retriever.web.source import Web
 
