@@ -56,8 +56,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if sample():
         raise SystemExit("services of a suite already run on this machine: they would be counted too; stop them first")
-    suite = Composed(arguments.config) if arguments.composed else Local(arguments.config)
     started, peaks, peak = time.time(), defaultdict(float), 0.0
+    suite = Composed(arguments.config) if arguments.composed else Local(arguments.config)
     while suite.runs():
         now = sample()
         peak = max(peak, sum(now.values()))
@@ -89,19 +89,19 @@ class Composed:
     def __init__(self, config: str) -> None:
         self.environment = {**os.environ, "FORAGE_CONFIG": config}
         self.table = Path("/runs", load_config(config).run.name, "results.md")
-        self.compose("up", "--detach", "--no-build", check=True)
-        self.log = subprocess.Popen([*self.COMPOSE, "logs", "--follow", "--no-log-prefix", "trainer"], env=self.environment)
-
-    def compose(self, *words: str, check: bool = False) -> int:
-        return subprocess.run([*self.COMPOSE, *words], env=self.environment, check=check).returncode
+        self.up = subprocess.Popen([*self.COMPOSE, "up", "--no-build"], env=self.environment)
 
     def runs(self) -> bool:
-        return self.log.poll() is None and self.compose("exec", "-T", "trainer", "test", "-e", str(self.table)) != 0
+        return self.up.poll() is None and not self._finished()
+
+    def _finished(self) -> bool:
+        look = [*self.COMPOSE, "exec", "-T", "trainer", "test", "-e", str(self.table)]
+        return subprocess.run(look, env=self.environment, stderr=subprocess.DEVNULL).returncode == 0
 
     def stop(self) -> int:
-        died = self.log.poll() is not None
-        self.log.terminate()
-        self.compose("stop")
+        died = self.up.poll() is not None
+        subprocess.run([*self.COMPOSE, "stop"], env=self.environment)
+        self.up.wait()
         return int(died)
 
 
