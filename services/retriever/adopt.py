@@ -14,7 +14,6 @@ from pathlib import Path
 
 from services.contract.config import Config
 from services.contract.telemetry import Progress
-from services.retriever.build import readable_manifest
 from services.retriever.check import content_problems
 from services.retriever.corpus import Corpus
 from services.retriever.encoder import EncoderDescription, describe_encoder, load_encoder
@@ -29,6 +28,7 @@ from services.retriever.manifest import (
     index_path,
     make_manifest,
     manifest_path,
+    readable_manifest,
     write_manifest,
 )
 
@@ -45,7 +45,7 @@ def import_index(config: Config, parts: Sequence[Path]) -> Manifest:
     folder = config.data.index_folder
     with sole_writer(folder):
         corpus, encoder = Corpus.open(config.data.corpus_path), describe_encoder(config)
-        identity = identify(encoder, corpus, corpus_digest(corpus.path, readable_manifest(folder)))
+        identity = identify(encoder, corpus, corpus_digest(corpus.path, readable_manifest(folder, Manifest)))
         _check_header(parts, len(corpus), encoder.dimension)
         with written_whole(index_path(folder)) as temporary:
             _bring(parts, temporary)

@@ -118,10 +118,8 @@ async def _retrieve(request: Request, config: RetrieverConfig, model: type[Retri
 async def _find(service: Service, body: RetrieveRequest, topk: int, deadline: float) -> list[list[Passage]]:
     """Raises DeadlinePassed also when the answer is still being computed: nobody waits for it any more."""
     source = service.source(body.backend, body.rerank)
-    if deadline == float("inf"):
-        return await source.retrieve(body.queries, topk, deadline)
     try:
-        async with asyncio.timeout(deadline - time.monotonic()):
+        async with asyncio.timeout(deadline - time.monotonic() if body.deadline_ms else None):
             return await source.retrieve(body.queries, topk, deadline)
     except TimeoutError:
         raise DeadlinePassed(f"no answer within {body.deadline_ms} ms") from None

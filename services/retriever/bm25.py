@@ -23,16 +23,16 @@ import numpy as np
 
 from services.contract.config import Config
 from services.retriever.bm25_build import (
+    Bm25Manifest,
     bm25_differences,
     bm25_folder,
     identify_bm25,
     lucene_folder,
-    read_bm25_manifest,
 )
 from services.retriever.corpus import CANARY_CHARS, Corpus
 from services.retriever.errors import IndexMismatch, RetrieverError
 from services.retriever.lucene import LuceneHit, LuceneIndex, Stored, start_jvm, versions
-from services.retriever.manifest import corpus_digest
+from services.retriever.manifest import corpus_digest, read_manifest
 from services.retriever.passages import Passage
 from services.retriever.saying import Say, said_progress
 from services.retriever.sources import Lookup
@@ -174,7 +174,7 @@ def mend_of(config: Config, rebuild: str) -> str:
 def _built_index(config: Config, corpus: Corpus, rebuild: str, say: Say) -> tuple[Path, dict[str, Any]]:
     """Its folder and what /info says of it. Raises IndexMismatch unless its manifest fits."""
     folder = bm25_folder(config)
-    manifest = read_bm25_manifest(folder, f"Rebuild it: {rebuild}")
+    manifest = read_manifest(folder, Bm25Manifest, f"Rebuild it: {rebuild}")
     if manifest is None:
         raise IndexMismatch(f"{folder}: no whole BM25 index here (manifest.json is missing). Build it: {rebuild}")
     say("comparing the corpus with the BM25 index")

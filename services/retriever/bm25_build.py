@@ -27,9 +27,9 @@ from services.contract.config import Config
 from services.contract.telemetry import Progress
 from services.retriever.corpus import Corpus
 from services.retriever.errors import IndexMismatch, RetrieverError
-from services.retriever.files import publish, sole_writer, sync, write_whole
+from services.retriever.files import publish, sole_writer, sync
 from services.retriever.lucene import ANALYZER, LuceneIndex, LuceneWriter, start_jvm, versions
-from services.retriever.manifest import corpus_digest
+from services.retriever.manifest import corpus_digest, manifest_path, readable_manifest, write_manifest
 
 log = logging.getLogger("retriever")
 
@@ -62,7 +62,7 @@ def build_bm25(config: Config) -> None:
     with sole_writer(folder):
         corpus = Corpus.open(config.data.corpus_path)
         start_jvm(config.retriever.bm25.heap)
-        known = _readable_manifest(folder)
+        known = readable_manifest(folder, Bm25Manifest)
         wanted = identify_bm25(corpus, corpus_digest(corpus.path, known))
         reasons = _reasons_to_build(folder, known, wanted)
         if not reasons:
@@ -85,7 +85,7 @@ def _build(config: Config, folder: Path, corpus: Corpus, identity: Bm25Identity)
     publish(part, lucene_folder(folder))
     fields = msgspec.structs.asdict(identity)
     manifest = Bm25Manifest(**fields, corpus_bytes=stamp.st_size, corpus_mtime_ns=stamp.st_mtime_ns)
-    write_whole(manifest_path(folder), msgspec.json.format(msgspec.json.encode(manifest), indent=2))
+    write_manifest(folder, manifest)
     log.info("BM25 index written: %s passages, Lucene %s", f"{len(corpus):,}", manifest.lucene)
 
 
@@ -138,31 +138,10 @@ def lucene_folder(folder: Path) -> Path:
     return folder / "lucene"
 
 
-def manifest_path(folder: Path) -> Path:
-    return folder / "manifest.json"
-
-
 def identify_bm25(corpus: Corpus, digest: str) -> Bm25Identity:
     """The JVM must run."""
     now = versions()
     return Bm25Identity(rows=len(corpus), corpus_sha256=digest, pyserini=now["pyserini"], lucene=now["lucene"])
-
-
-def read_bm25_manifest(folder: Path, mend: str) -> Bm25Manifest | None:
-    """None when there is none. Raises IndexMismatch, ending in `mend`, when it cannot be read."""
-    try:
-        return msgspec.json.decode(manifest_path(folder).read_bytes(), type=Bm25Manifest)
-    except FileNotFoundError:
-        return None
-    except msgspec.DecodeError as error:
-        raise IndexMismatch(f"{manifest_path(folder)}: not a manifest ({error}). {mend}") from None
-
-
-def _readable_manifest(folder: Path) -> Bm25Manifest | None:
-    try:
-        return read_bm25_manifest(folder, "")
-    except IndexMismatch:
-        return None
 
 
 def _reasons_to_build(folder: Path, known: Bm25Manifest | None, wanted: Bm25Identity) -> list[str]:

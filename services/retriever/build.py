@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 
 import numpy as np
 
@@ -24,7 +23,6 @@ from services.contract.telemetry import Progress
 from services.retriever.corpus import Corpus
 from services.retriever.embed import embed
 from services.retriever.encoder import EncoderDescription, describe_encoder
-from services.retriever.errors import IndexMismatch
 from services.retriever.files import need_room, sole_writer, sync, written_whole
 from services.retriever.manifest import (
     Identity,
@@ -36,7 +34,7 @@ from services.retriever.manifest import (
     index_problems,
     make_manifest,
     manifest_path,
-    read_manifest,
+    readable_manifest,
     write_manifest,
 )
 
@@ -49,7 +47,7 @@ def build_index(config: Config) -> Manifest:
     with sole_writer(folder):
         corpus = Corpus.open(config.data.corpus_path)
         encoder = describe_encoder(config)
-        known = readable_manifest(folder)
+        known = readable_manifest(folder, Manifest)
         identity = identify(encoder, corpus, corpus_digest(corpus.path, known))
         problems = _reasons_to_build(config, known, identity)
         if known and not problems:
@@ -57,14 +55,6 @@ def build_index(config: Config) -> Manifest:
             return known
         log.info("building the index at %s: %s", folder, "; ".join(problems))
         return _build(config, corpus, encoder, identity)
-
-
-def readable_manifest(folder: Path) -> Manifest | None:
-    """None also when it is no manifest."""
-    try:
-        return read_manifest(folder)
-    except IndexMismatch:
-        return None
 
 
 def _reasons_to_build(config: Config, known: Manifest | None, identity: Identity) -> list[str]:

@@ -19,7 +19,15 @@ from services.contract.config import Config
 from services.retriever.corpus import Corpus
 from services.retriever.encoder import Encoder, describe_encoder, load_encoder
 from services.retriever.index import FaissIndex, Hit
-from services.retriever.manifest import check_index_file, corpus_digest, identify, index_path, index_problems, read_manifest
+from services.retriever.manifest import (
+    Manifest,
+    check_index_file,
+    corpus_digest,
+    identify,
+    index_path,
+    index_problems,
+    read_manifest,
+)
 
 SAMPLE_ROWS = 32
 LEAST_COSINE = 0.99
@@ -32,7 +40,7 @@ def check_index(config: Config) -> list[str]:
     """What is wrong, a phrase for each field; empty when the index may be served. Raises IndexMismatch, RetrieverError when
     there is nothing to compare."""
     folder, threads = config.data.index_folder, config.retriever.threads
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, Manifest, "Rebuild it")
     if manifest is None:
         return ["manifest.json is missing: no whole index is here"]
     corpus, description = Corpus.open(config.data.corpus_path), describe_encoder(config)

@@ -18,6 +18,7 @@ from services.retriever.encoder import Encoder, describe_encoder, load_encoder
 from services.retriever.errors import IndexMismatch, RetrieverError
 from services.retriever.index import FaissIndex
 from services.retriever.manifest import (
+    Manifest,
     check_index_file,
     corpus_digest,
     identify,
@@ -70,7 +71,7 @@ def load_dense(config: Config, rebuild: str, say: Say) -> DenseIndex:
     say("opening the corpus")
     corpus = Corpus.open(config.data.corpus_path)
     description = describe_encoder(config)
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, Manifest, f"Rebuild it: {rebuild}")
     if manifest is None:
         raise IndexMismatch(f"{folder}: no whole index here (manifest.json is missing). Build it: {rebuild}")
     digest = corpus_digest(corpus.path, manifest, said_progress("reading the corpus", corpus.path.stat().st_size, "bytes", say))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -18,6 +18,7 @@ from services.retriever.encoder import EncoderDescription
 from services.retriever.errors import IndexMismatch
 from services.retriever.files import sha256, write_whole
 
+M = TypeVar("M", bound=msgspec.Struct)
 METRIC = "inner_product"
 FORMAT = 1
 
@@ -170,15 +171,23 @@ def manifest_path(folder: Path) -> Path:
     return folder / "manifest.json"
 
 
-def read_manifest(folder: Path) -> Manifest | None:
-    """None when there is none: no index, or one whose building was cut short."""
+def read_manifest(folder: Path, kind: type[M], mend: str) -> M | None:
+    """None when there is none: no index, or one whose building was cut short. Raises IndexMismatch, ending in `mend`."""
     try:
-        return msgspec.json.decode(manifest_path(folder).read_bytes(), type=Manifest)
+        return msgspec.json.decode(manifest_path(folder).read_bytes(), type=kind)
     except FileNotFoundError:
         return None
     except msgspec.DecodeError as error:
-        raise IndexMismatch(f"{manifest_path(folder)}: not a manifest ({error})") from None
+        raise IndexMismatch(f"{manifest_path(folder)}: not a manifest ({error}). {mend}") from None
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def readable_manifest(folder: Path, kind: type[M]) -> M | None:
+    """None also when it cannot be read: for builders, who replace what is broken."""
+    try:
+        return read_manifest(folder, kind, "")
+    except IndexMismatch:
+        return None
+
+
+def write_manifest(folder: Path, manifest: msgspec.Struct) -> None:
     write_whole(manifest_path(folder), msgspec.json.format(msgspec.json.encode(manifest), indent=2))

@@ -169,12 +169,11 @@ class Owner(Generic[K, A]):
 
     def _become_ready(self) -> None:
         resource = self._load(self._say)
-        self._say("asking the canary")
-        resource.answer([resource.canary()])
         with self._changed:
             self.resource = resource
             if self.state == "loading":
                 self.state, self.detail = "ready", "ready"
+                log.info("%s is ready: %s", self.name, resource.info.get("passages") or resource.info.get("model"))
 
     def _say(self, text: str) -> None:
         if self.state != "loading":

@@ -69,4 +69,7 @@ def load_reranker(config: RetrieverConfig, say: Say) -> CrossEncoder:
             f"{folder}: no model here (config.json is missing); set retriever.rerank.model to a Hugging Face folder"
         )
     say(f"loading the reranker {folder.name}")
-    return CrossEncoder(folder, config.rerank.max_tokens, config.threads)
+    model = CrossEncoder(folder, config.rerank.max_tokens, config.threads)
+    say("asking the canary pair")
+    model.answer([model.canary()])
+    return model

@@ -29,7 +29,8 @@ Pair: TypeAlias = tuple[str, str]
 
 class Source(Protocol):
     async def retrieve(self, queries: Sequence[str], topk: int, deadline: float) -> list[list[Passage]]:
-        """For each query at most `topk` passages, best first; `deadline` by `time.monotonic`.
+        """For each query at most `topk` passages, best first. What still waits in a queue at `deadline` (by `time.monotonic`) is
+        dropped from it; the caller stops waiting by itself.
 
         Raises NotReady, QueueFull, DeadlinePassed or BackendFailure: for one query as for all, never an empty list instead.
         """

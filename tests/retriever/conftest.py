@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ import pytest
 from services.contract.config import Config, RetrieverConfig
 from services.retriever.build import build_index
 from services.retriever.dense import DenseIndex, load_dense
+from services.retriever.passages import Passage
 from services.retriever.serve import Server
 from services.retriever.service import Loaders
+from services.retriever.sources import Lookup
 
 PLACES = ["harbour", "mountain", "library", "glacier", "orchard", "foundry", "lantern", "canyon", "meadow", "quarry"]
 THINGS = ["violin", "ledger", "compass", "furnace", "sparrow", "anvil", "mirror", "garden", "tunnel", "bridge"]
@@ -60,6 +62,23 @@ def load(config: Config) -> DenseIndex:
 def first_row(index: DenseIndex, text: str) -> int:
     """The row of the best passage for `text`."""
     return json.loads(index.answer([(text, 1)])[0][0].document)["extra"]
+
+
+class GatedIndex:
+    """The real index, which answers when the gate is opened."""
+
+    def __init__(self, config: Config) -> None:
+        self.real = load(config)
+        self.info, self.seconds, self.canary = self.real.info, self.real.seconds, self.real.canary
+        self.computed: list[str] = []
+        self.entered, self.gate = threading.Event(), threading.Event()
+
+    def answer(self, keys: Sequence[Lookup]) -> list[list[Passage]]:
+        if list(keys) != [self.canary()]:
+            self.computed += [text for text, _ in keys]
+            self.entered.set()
+            assert self.gate.wait(20)
+        return self.real.answer(keys)
 
 
 @pytest.fixture(scope="session")

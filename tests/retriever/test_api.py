@@ -20,7 +20,7 @@ from services.retriever.corpus import Corpus
 from services.retriever.dense import DenseIndex, load_dense
 from services.retriever.index import fill_index
 from services.retriever.sources import Lookup
-from tests.retriever.conftest import Running, load, passage, query, until, with_settings, write_corpus
+from tests.retriever.conftest import GatedIndex, Running, load, passage, query, until, with_settings, write_corpus
 
 GOLDENS = json.loads((Path(__file__).parent.parent / "goldens" / "observation_text.json").read_text())["cases"]
 RETRIEVE = [case for case in GOLDENS if case["kind"] == "retrieve"]
@@ -200,20 +200,6 @@ def test_backend_failure_is_an_error_and_readiness_tells_until_it_works_again(se
     assert running.client.get("/ready").status_code == 200
     assert running.retrieve(query(1)).json()["result"][0][0] == passage(1)
     assert running.metric("errors_total") == 1
-
-
-class GatedIndex(BrokenIndex):
-    """The real backend, which answers when the gate is opened."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.gate, self.entered = threading.Event(), threading.Event()
-
-    def answer(self, keys: Sequence[Lookup]) -> Any:
-        if list(keys) != [self.canary()]:
-            self.entered.set()
-            assert self.gate.wait(20)
-        return super().answer(keys)
 
 
 def test_full_queue_is_503_with_retry_after(serve: Serve, indexed: Config) -> None:

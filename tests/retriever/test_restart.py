@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -15,15 +14,10 @@ import tomli_w
 from services.contract.config import RolloutConfig, dump_config
 from services.retriever.build import build_index
 from services.rollout.retrieval import Retriever
+from tests.conftest import free_port
 from tests.retriever.conftest import make_config, passage, query
 
 KILLS, CLIENTS = 2, 16
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 async def test_killed_under_load_no_client_sees_a_wrong_answer(tmp_path: Path) -> None:

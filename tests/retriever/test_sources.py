@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +19,8 @@ from services.contract.config import Config, RetrieverConfig
 from services.retriever.errors import BackendFailure, QueueFull, RetrieverError
 from services.retriever.passages import Passage
 from services.retriever.rerank import CrossEncoder, load_reranker
-from services.retriever.sources import Hybrid, Lookup, Pair, fuse
-from tests.retriever.conftest import Running, load, passage, query
+from services.retriever.sources import Hybrid, Pair, fuse
+from tests.retriever.conftest import GatedIndex, Running, load, passage, query
 
 FOREVER = float("inf")
 
@@ -225,25 +224,8 @@ def rounded(result: list[list[dict[str, Any]]]) -> list[list[Any]]:
     return [[(i["document"], round(i["score"], 4)) if "score" in i else i for i in items] for items in result]
 
 
-class Gated:
-    """The real index, which answers when the gate is opened."""
-
-    def __init__(self, config: Config) -> None:
-        self.real = load(config)
-        self.info, self.seconds, self.canary = self.real.info, self.real.seconds, self.real.canary
-        self.computed: list[str] = []
-        self.entered, self.gate = threading.Event(), threading.Event()
-
-    def answer(self, keys: Sequence[Lookup]) -> list[list[Passage]]:
-        if list(keys) != [self.canary()]:
-            self.computed += [text for text, _ in keys]
-            self.entered.set()
-            assert self.gate.wait(20)
-        return self.real.answer(keys)
-
-
 def test_a_deadline_that_has_passed_is_504_and_costs_nothing(serve: Callable[..., Running], indexed: Config) -> None:
-    index = Gated(indexed)
+    index = GatedIndex(indexed)
     running = serve(indexed.retriever, lambda say: index).wait_ready()
     with ThreadPoolExecutor(2) as clients:
         first = clients.submit(running.retrieve, query(1))

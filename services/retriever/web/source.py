@@ -13,7 +13,6 @@ A passage is `{"id": address, "contents": "\"title\"\ntext", "url": address}`; t
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
 
@@ -22,7 +21,7 @@ import msgspec
 
 from services.contract.config import ConfigError
 from services.contract.config.retriever import WebConfig
-from services.retriever.errors import DeadlinePassed, NotReady, QueueFull
+from services.retriever.errors import NotReady, QueueFull
 from services.retriever.metrics import Metrics
 from services.retriever.passages import Passage
 from services.retriever.web.ask import Asker
@@ -61,7 +60,7 @@ class Web:
         return {name: getattr(self.config, name) for name in names}
 
     async def retrieve(self, queries: Sequence[str], topk: int, deadline: float) -> list[list[Passage]]:
-        """Raises NotReady, QueueFull, DeadlinePassed or BackendFailure."""
+        """Raises NotReady, QueueFull or BackendFailure. A caller who stops waiting at `deadline` takes with it what is not asked yet."""
         if self._closing:
             raise NotReady("web is not ready: shutting down")
         queries = [" ".join(query.split()) for query in queries]
@@ -70,10 +69,7 @@ class Web:
             raise QueueFull(f"{self._open} queries are under way to {self.config.provider}, {self.config.queue_size} at most")
         self._open += new
         try:
-            async with asyncio.timeout(None if deadline == float("inf") else deadline - time.monotonic()):
-                return await together([self._answer(query, topk) for query in queries])
-        except TimeoutError:
-            raise DeadlinePassed("the request's deadline passed while the web was searched") from None
+            return await together([self._answer(query, topk) for query in queries])
         finally:
             self._open -= new
 
