@@ -23,6 +23,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -30,6 +31,9 @@ import numpy as np
 
 from benchmarks.retriever_load import Outcome, load, repeated
 from benchmarks.retriever_servers import Server, body, build, ours, peer, write_config
+from services.contract.config import load_config
+from services.retriever.encoder import Encoder, describe_encoder, load_encoder
+from services.retriever.index import FaissIndex
 
 ENCODE_BATCH = 32
 TOPK = 3
@@ -48,6 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peer", type=Path)
     parser.add_argument("--encoder", type=Path, default=None)
     parser.add_argument("--reranker", type=Path)
+    parser.add_argument("--runtime", choices=["torch", "onnx", "onnx-int8"], default="onnx", help="of our encoder")
     parser.add_argument("--folder", type=Path, default=Path("var/bench"))
     parser.add_argument("--seconds", type=float, default=20, help="of one measurement")
     parser.add_argument("--rounds", type=int, default=2, help="turns of both servers")
@@ -76,10 +81,16 @@ def texts(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def prepared(arguments: argparse.Namespace, **retriever: object) -> Path:
-    settings = {"encoder_family": "minilm", "max_batch": 32, **retriever}
+    settings = {"encoder_family": "minilm", "max_batch": 32, "encoder_runtime": arguments.runtime, **retriever}
     config = write_config(arguments.folder, arguments.corpus, arguments.encoder, **settings)
     build(config)
     return config
+
+
+def encoder_of(config: Path, runtime: str) -> Encoder:
+    """The encoder that the server loads, on both cores, with another runtime if need be."""
+    description = describe_encoder(load_config(config))
+    return load_encoder(replace(description, runtime=runtime), threads=2)
 
 
 # -- load --------------------------------------------------------------------------------------------------------------
@@ -87,8 +98,8 @@ def prepared(arguments: argparse.Namespace, **retriever: object) -> Path:
 
 def run_load(arguments: argparse.Namespace) -> None:
     config, folder = prepared(arguments), arguments.folder
-    limit = offline_rate(arguments)
-    print(f"offline limit: {limit:.1f} queries/s (encoding in batches of {ENCODE_BATCH}, one search each)", flush=True)
+    limit, plain = (offline_rate(arguments, config, runtime) for runtime in (arguments.runtime, "torch"))
+    print(f"offline limit: {limit:.1f} queries/s (encoding in batches of {ENCODE_BATCH}, one search each), with torch {plain:.1f}")
     with (
         ours(config, folder / "ours.log") as forage,
         peer(arguments.peer, folder, arguments.corpus, arguments.encoder, 2, folder / "peer.log") as search_r1,
@@ -96,7 +107,8 @@ def run_load(arguments: argparse.Namespace) -> None:
         queries = texts(arguments)
         wide = in_turns(arguments, [search_r1, forage], 64, lambda: queries)
         compare("64 clients, distinct queries", wide)
-        print(f"  of the offline limit: {wide['Forage'].rate / limit:.0%}")
+        rate = wide["Forage"].rate
+        print(f"  of the offline limit: {rate / limit:.0%}, of that of torch: {rate / plain:.0%}", flush=True)
         compare("64 clients, every query 8 times", in_turns(arguments, [search_r1, forage], 64, lambda: eight_times(queries)))
         compare("1 client", in_turns(arguments, [search_r1, forage], 1, lambda: queries))
 
@@ -126,13 +138,9 @@ def compare(label: str, outcomes: dict[str, Outcome]) -> None:
     print(f"  ratio {mine.rate / theirs.rate:.2f} × its queries/s, p99 {tail:.2f} × its", flush=True)
 
 
-def offline_rate(arguments: argparse.Namespace) -> float:
+def offline_rate(arguments: argparse.Namespace, config: Path, runtime: str) -> float:
     """Queries/s of the same encoder and index without HTTP, in one process with both cores: what a server cannot beat."""
-    from services.retriever.encoder import FAMILIES
-    from services.retriever.index import FaissIndex
-    from services.retriever.transformer import TransformerEncoder
-
-    encoder = TransformerEncoder(arguments.encoder, FAMILIES["minilm"], 256, threads=2)
+    encoder = encoder_of(config, runtime)
     index = FaissIndex.load(arguments.folder / "index" / "index.faiss", 2)
     queries, done, started = texts(arguments), 0, time.monotonic()
     while time.monotonic() - started < arguments.seconds:
@@ -153,29 +161,28 @@ def run_quality(arguments: argparse.Namespace) -> None:
         found = {name: ask_all(forage, questions, backend=name) for name in ("dense", "bm25", "hybrid")}
         if arguments.reranker:
             found["hybrid + rerank"] = ask_all(forage, questions, backend="hybrid", rerank=True)
-    print(f"same top {TOPK} as exact search: {agreement(arguments, questions, found['dense']):.2%} of {len(questions)} questions")
+    share = agreement(arguments, config, questions, found["dense"])
+    print(f"same top {TOPK} as exact search: {share:.2%} of {len(questions)} questions")
     print(f"| backend | gold recall@{TOPK} |\n|---|---|")
     for name, answers in found.items():
         hits = [row["gold_passage_id"] in ids for row, ids in zip(questions, answers, strict=True)]
         print(f"| {name} | {np.mean(hits):.3f} |")
 
 
-def ask_all(server: Server, questions: list[dict[str, str]], **fields: object) -> list[list[str]]:
-    """The ids found for each question."""
+def ask_all(server: Server, questions: list[dict[str, str]], topk: int = TOPK, **fields: object) -> list[list[str]]:
+    """The ids found for each question, best first."""
     answers: list[list[str]] = []
     for start in range(0, len(questions), 64):
         queries = [row["question"] for row in questions[start : start + 64]]
-        answer = httpx.post(f"{server.url}/retrieve", json=body(queries, TOPK, **fields), timeout=600).raise_for_status()
+        answer = httpx.post(f"{server.url}/retrieve", json=body(queries, topk, **fields), timeout=600).raise_for_status()
         answers += [[item["document"]["id"] for item in items] for items in answer.json()["result"]]
     return answers
 
 
-def agreement(arguments: argparse.Namespace, questions: list[dict[str, str]], answers: list[list[str]]) -> float:
-    """Share of questions whose passages are those of an exact search in float64, in the same order (ties of 1e-6 aside)."""
-    from services.retriever.encoder import FAMILIES
-    from services.retriever.transformer import TransformerEncoder
-
-    encoder = TransformerEncoder(arguments.encoder, FAMILIES["minilm"], 256, threads=2)
+def agreement(arguments: argparse.Namespace, config: Path, questions: list[dict[str, str]], answers: list[list[str]]) -> float:
+    """Share of questions whose passages are those of an exact search in float64 with torch's vectors, in the same order (ties
+    of 1e-6 aside)."""
+    encoder = encoder_of(config, "torch")
     vectors = np.load(arguments.folder / "index" / "embeddings.npy").astype(np.float64)
     with arguments.corpus.open() as file:
         places = {json.loads(line)["id"]: row for row, line in enumerate(file)}

@@ -96,7 +96,7 @@ def _add_retrieve(app: FastAPI, config: RetrieverConfig, service: Service) -> No
     async def retrieve(request: Request) -> Response:
         started = time.perf_counter()
         response = await _retrieve(request, config, model, service)
-        service.metrics.requests.labels(str(response.status_code)).inc()
+        service.metrics.requests(str(response.status_code)).inc()
         service.metrics.request_seconds.observe(time.perf_counter() - started)
         return response
 
@@ -111,7 +111,7 @@ async def _retrieve(request: Request, config: RetrieverConfig, model: type[Retri
         return _refusal(service, 422, "bad_request", error.detail)
     except tuple(REFUSALS) as error:
         return _refusal(service, *REFUSALS[type(error)], str(error))
-    service.metrics.queries.labels(body.backend or config.backends[0]).inc(len(found))
+    service.metrics.queries(body.backend or config.backends[0]).inc(len(found))
     return Response(render(found, body.return_scores), media_type="application/json")
 
 

@@ -89,6 +89,7 @@ def load_dense(config: Config, rebuild: str, say: Say) -> DenseIndex:
     info = {
         "encoder": description.name,
         "encoder_digest": description.digest,
+        "encoder_runtime": encoder.runtime,
         "family": description.family.name,
         "pooling": description.family.pooling,
         "normalized": description.family.normalized,

@@ -9,10 +9,12 @@ This module needs no torch: `describe_encoder` reads names and digests, `load_en
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
+import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -23,9 +25,12 @@ from services.retriever.errors import RetrieverError
 from services.retriever.files import sha256
 from services.retriever.hashing import HashingEncoder
 
+log = logging.getLogger("retriever")
+
 Role = Literal["query", "passage"]
 Pooling = Literal["mean", "cls", "pooler_output", "decoder", "bag"]
 """`decoder`: what a T5's decoder makes of its start token. `bag`: words without a model."""
+Runtime = Literal["auto", "torch", "onnx", "onnx-int8"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,11 @@ class Encoder(Protocol):
     @property
     def dimension(self) -> int: ...
 
+    @property
+    def runtime(self) -> str:
+        """What computes the vectors: torch, onnx, onnx-int8, or hashing."""
+        ...
+
     def encode(self, texts: Sequence[str], role: Role) -> np.ndarray:
         """float32 [len(texts), dimension], C order. The family's prefix is put on here."""
         ...
@@ -86,6 +96,9 @@ class EncoderDescription:
     folder: Path | None
     dtype: str = "float32"
     device: str = "cpu"
+    runtime: Runtime = "auto"
+    exports: Path = Path()
+    """Where the graphs lie that were exported for ONNX Runtime."""
 
 
 def describe_encoder(config: Config) -> EncoderDescription:
@@ -98,10 +111,17 @@ def describe_encoder(config: Config) -> EncoderDescription:
         raise RetrieverError(f"{folder}: no encoder here (config.json is missing); run `prepare`, or set retriever.encoder")
     model = _model_config(folder)
     family = FAMILIES[settings.encoder_family] if settings.encoder_family != "auto" else infer_family(folder, model)
-    name = model.get("_name_or_path") or _model_name(folder)
-    dimension, limit = _dimension(folder, model, family), settings.encoder_max_tokens
     return EncoderDescription(
-        name, folder_digest(folder), family, dimension, limit, folder, settings.encoder_dtype, settings.encoder_device
+        name=model.get("_name_or_path") or _model_name(folder),
+        digest=folder_digest(folder),
+        family=family,
+        dimension=_dimension(folder, model, family),
+        max_tokens=settings.encoder_max_tokens,
+        folder=folder,
+        dtype=settings.encoder_dtype,
+        device=settings.encoder_device,
+        runtime=settings.encoder_runtime,
+        exports=config.data.directory / "models" / "onnx",
     )
 
 
@@ -153,8 +173,30 @@ def folder_digest(folder: Path) -> str:
 def load_encoder(description: EncoderDescription, threads: int) -> Encoder:
     if description.folder is None:
         return HashingEncoder()
+    if description.runtime != "torch" and (encoder := _on_onnx(description, threads)):
+        return encoder
     from services.retriever.transformer import TransformerEncoder  # torch takes seconds to import
 
     return TransformerEncoder(
         description.folder, description.family, description.max_tokens, threads, description.dtype, description.device
     )
+
+
+def _on_onnx(description: EncoderDescription, threads: int) -> Encoder | None:
+    """None where `auto` had better take torch: the model cannot be exported, or would not give the same vectors."""
+    chosen = description.runtime != "auto"
+    if not chosen and (description.device, description.dtype) != ("cpu", "float32"):
+        return None
+    if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")):
+        if chosen:
+            raise RetrieverError('retriever.encoder_runtime is "onnx": pip install onnx onnxruntime, or set "torch"')
+        return None
+    from services.retriever.onnx_encoder import ExportFailed, OnnxEncoder
+
+    try:
+        return OnnxEncoder(description if chosen else replace(description, runtime="onnx"), threads)
+    except ExportFailed as error:
+        if chosen:
+            raise
+        log.warning("torch computes the vectors: %s", error)
+        return None

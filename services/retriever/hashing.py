@@ -26,6 +26,7 @@ class HashingEncoder:
     NAME = "hashing-1024-v1"
     DIMENSION = 1024
     dimension = DIMENSION
+    runtime = "hashing"
 
     def encode(self, texts: Sequence[str], role: Literal["query", "passage"]) -> np.ndarray:
         """float32 [len(texts), 1024], normalised; queries and passages alike."""

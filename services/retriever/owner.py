@@ -15,6 +15,7 @@ touches the resource. A key is whatever the resource answers: a query and its to
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -104,6 +105,7 @@ class Owner(Generic[K, A]):
         self.resource: Resource[K, A] | None = None
         self.last_error: str | None = None
         """Why the last batch failed; None once a batch has worked again."""
+        self._hits, self._misses = metrics.cache_hits.labels(name), metrics.cache_misses.labels(name)
         self._load = load
         self._waiting: deque[tuple[Request[K, A], int]] = deque()
         """Requests, each with the place of one of its keys."""
@@ -130,12 +132,13 @@ class Owner(Generic[K, A]):
             missing = [place for place in range(len(keys)) if place not in request.answers]
             if len(self._waiting) + len(missing) > self.queue_size:
                 raise QueueFull(f"{len(self._waiting)} queries are waiting for {self.name}, {self.queue_size} at most")
-            self.metrics.cache_hits.labels(self.name).inc(len(keys) - len(missing))
-            self.metrics.cache_misses.labels(self.name).inc(len(missing))
-            self._waiting.extend((request, place) for place in missing)
-            self._changed.notify()
-            if not missing:
-                request.finish_if_full()
+            self._hits.inc(len(keys) - len(missing))
+            self._misses.inc(len(missing))
+            if missing:
+                self._waiting.extend((request, place) for place in missing)
+                self._changed.notify()
+        if not missing:
+            request.finish_if_full()
         return request.future
 
     def close(self, grace_s: float) -> None:
@@ -169,6 +172,8 @@ class Owner(Generic[K, A]):
 
     def _become_ready(self) -> None:
         resource = self._load(self._say)
+        gc.collect()
+        gc.freeze()  # what was loaded stays: a collector that walks it again and again holds up every request for 0.2 s
         with self._changed:
             self.resource = resource
             if self.state == "loading":

@@ -16,8 +16,9 @@ from services.contract.config import RetrieverConfig
 from services.retriever.encoder import folder_digest
 from services.retriever.errors import RetrieverError
 from services.retriever.saying import Say
+from services.retriever.side_by_side import SideBySide
 from services.retriever.sources import Pair
-from services.retriever.transformer import SideBySide
+from services.retriever.transformer import in_one_thread
 
 CANARY: Pair = ("What keeps a violin?", '"Harbour"\nThe harbour keeps a violin.')
 
@@ -51,6 +52,7 @@ class CrossEncoder:
         self.seconds = {"rerank": time.perf_counter() - started}
         return scores.tolist()
 
+    @in_one_thread
     def _score(self, pairs: list[Pair]) -> np.ndarray:
         """float32 [pairs]. What is too long loses its end, the longer of the two first."""
         queries, texts = [query for query, _ in pairs], [text for _, text in pairs]

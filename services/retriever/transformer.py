@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
-import threading
+import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,48 +21,27 @@ from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from services.retriever.encoder import Family, Role  # noqa: E402
 from services.retriever.errors import RetrieverError  # noqa: E402
+from services.retriever.side_by_side import SideBySide  # noqa: E402
 
 transformers_logging.disable_progress_bar()
 
-T = TypeVar("T")
-SMALLEST_PART = 4
-"""Fewer texts than this are not worth a thread of their own."""
 
+def in_one_thread(work: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """For work that runs `SideBySide`: torch adds no threads of its own, and keeps nothing for a gradient."""
 
-class SideBySide:
-    """Each of `threads` threads computes a part of the rows by itself, rather than all of them one matrix product.
+    @functools.wraps(work)
+    def alone(*arguments: Any) -> np.ndarray:
+        torch.set_num_threads(1)  # per thread, so it must be said in the thread that computes
+        with torch.inference_mode():
+            return work(*arguments)
 
-    OpenMP threads meet at a barrier many times a layer: when another process has one of the cores, all of them spin
-    there. Seen with a busy neighbour on two cores: 11 queries/s with OpenMP's two threads, 158 with one.
-    """
-
-    def __init__(self, name: str, threads: int) -> None:
-        self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, name) if threads > 1 else None
-        self.tokenizing = threading.Lock()
-        """A tokenizer refuses to be used from two threads at once."""
-
-    def run(self, rows: Sequence[T], lengths: Sequence[int], work: Callable[[list[T]], np.ndarray]) -> np.ndarray:
-        """`work` on all rows, in their order; like lengths come together, so that little is padded."""
-        parts = min(self._threads, len(rows) // SMALLEST_PART)
-        if self._pool is None or parts < 2:
-            return _alone(work, list(rows))
-        places = np.array_split(np.argsort(lengths, kind="stable"), parts)
-        done = list(self._pool.map(lambda part: _alone(work, [rows[place] for place in part]), places))
-        results = np.empty((len(rows), *done[0].shape[1:]), np.float32)
-        for part, result in zip(places, done, strict=True):
-            results[part] = result
-        return results
-
-
-def _alone(work: Callable[[list[T]], np.ndarray], rows: list[T]) -> np.ndarray:
-    torch.set_num_threads(1)  # per thread, so it must be said in the thread that computes
-    with torch.inference_mode():
-        return np.ascontiguousarray(work(rows), np.float32)
+    return alone
 
 
 class TransformerEncoder:
     """Texts to float32 vectors. On a GPU one thread drives it: there the batch is what runs side by side."""
+
+    runtime = "torch"
 
     def __init__(
         self, folder: Path, family: Family, max_tokens: int, threads: int, dtype: str = "float32", device: str = "cpu"
@@ -70,12 +49,10 @@ class TransformerEncoder:
         """`device` is `cpu`, `cuda` or `cuda:1`. Raises RetrieverError when model, device or token limit cannot be had."""
         self.family = family
         self._max_tokens, self._device = max_tokens, usable_device(device)
-        self._side_by_side = SideBySide("encoder", threads if device == "cpu" else 1)
-        self._tokenizer, self._model = _load(folder, family, getattr(torch, dtype))
+        self._side_by_side = SideBySide("encoder", threads) if device == "cpu" else SideBySide("encoder", 1, sys.maxsize)
+        self._tokenizer, self._model = load_model(folder, family, getattr(torch, dtype))
         self._model.eval().to(self._device)
-        limit = _longest_text(self._model.config, max_tokens)
-        if max_tokens > limit:
-            raise RetrieverError(f"retriever.encoder_max_tokens {max_tokens} is above the model's {limit}: lower it")
+        check_longest_text(self._model.config, max_tokens)
         self.dimension: int = self.encode(["x"], "query").shape[1]
 
     def encode(self, texts: Sequence[str], role: Role) -> np.ndarray:
@@ -83,6 +60,7 @@ class TransformerEncoder:
         texts = self.family.prefixed(texts, role)
         return self._side_by_side.run(texts, [len(text) for text in texts], self._encode)
 
+    @in_one_thread
     def _encode(self, texts: list[str]) -> np.ndarray:
         with self._side_by_side.tokenizing:
             tokens = self._tokenizer(texts, padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt")
@@ -102,7 +80,7 @@ def usable_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def _load(folder: Path, family: Family, dtype: torch.dtype) -> tuple[Any, Any]:
+def load_model(folder: Path, family: Family, dtype: torch.dtype) -> tuple[Any, Any]:
     """Tokenizer and model; every weight that pooling needs must come from the folder, or its vectors would be noise."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -121,12 +99,14 @@ def _model_class(folder: Path) -> Any:
     return DPRContextEncoder if named[0] == "DPRContextEncoder" else AutoModel
 
 
-def _longest_text(model: Any, otherwise: int) -> int:
-    """Tokens that fit. RoBERTa and its kin number positions from after their padding token."""
+def check_longest_text(model: Any, max_tokens: int) -> None:
+    """Raises RetrieverError when `max_tokens` do not fit. RoBERTa and its kin number positions from after their padding token."""
     positions = getattr(model, "max_position_embeddings", None)
     if positions is None:  # relative positions, as in T5
-        return otherwise
-    return positions - (model.pad_token_id + 1) if "roberta" in model.model_type else positions
+        return
+    limit = positions - (model.pad_token_id + 1) if "roberta" in model.model_type else positions
+    if max_tokens > limit:
+        raise RetrieverError(f"retriever.encoder_max_tokens {max_tokens} is above the model's {limit}: lower it")
 
 
 def pool(output: Any, mask: torch.Tensor, family: Family) -> torch.Tensor:

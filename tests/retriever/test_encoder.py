@@ -177,14 +177,15 @@ TINY = {
 }
 
 
+@pytest.mark.parametrize("runtime", ["torch", "onnx"])
 @pytest.mark.parametrize("name", TINY)
-def test_tiny_models_are_pooled_as_plain_transformers_code_does(tmp_path: Path, name: str) -> None:
+def test_tiny_models_are_pooled_as_plain_transformers_code_does(tmp_path: Path, name: str, runtime: str) -> None:
     make, family, query_prefix, passage_prefix, pooling, normalised = TINY[name]
     folder = make(tmp_path / "model")
-    description = describe_encoder(
-        Config.model_validate({"retriever": {**TINY_SETTINGS, "encoder": folder, "encoder_family": family}})
-    )
+    settings = {**TINY_SETTINGS, "encoder": folder, "encoder_family": family, "encoder_runtime": runtime}
+    description = describe_encoder(Config.model_validate({"data": {"directory": tmp_path}, "retriever": settings}))
     encoder = load_encoder(description, threads=1)
+    assert encoder.runtime == runtime
     prefixes: dict[Role, str] = {"query": query_prefix, "passage": passage_prefix}
     for role, prefix in prefixes.items():
         expected = vectors_by_hand(folder, [prefix + text for text in TEXTS], pooling, normalised)
@@ -195,7 +196,8 @@ def test_tiny_models_are_pooled_as_plain_transformers_code_does(tmp_path: Path, 
 def test_e5_prefixes_queries_and_passages_under_any_of_its_names(tmp_path: Path) -> None:
     """Search-R1's builder prefixes passages only for a model called exactly `e5`, its server queries for any e5."""
     folder = tiny_models.bert(tmp_path / "e5-large-v2")
-    encoder = load_encoder(describe_encoder(Config.model_validate({"retriever": {**TINY_SETTINGS, "encoder": folder}})), 1)
+    settings = {"data": {"directory": tmp_path}, "retriever": {**TINY_SETTINGS, "encoder": folder}}
+    encoder = load_encoder(describe_encoder(Config.model_validate(settings)), 1)
     query, passage = encoder.encode(TEXTS, "query"), encoder.encode(TEXTS, "passage")
     bare = vectors_by_hand(folder, TEXTS, "mean", True)
     assert np.abs(query - passage).max() > 0.01

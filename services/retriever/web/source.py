@@ -60,7 +60,7 @@ class Web:
         return {name: getattr(self.config, name) for name in names}
 
     async def retrieve(self, queries: Sequence[str], topk: int, deadline: float) -> list[list[Passage]]:
-        """Raises NotReady, QueueFull or BackendFailure. A caller who stops waiting at `deadline` takes with it what is not asked yet."""
+        """Raises NotReady, QueueFull or BackendFailure. What is not asked yet at `deadline` is dropped with its caller."""
         if self._closing:
             raise NotReady("web is not ready: shutting down")
         queries = [" ".join(query.split()) for query in queries]
