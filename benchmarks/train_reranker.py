@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from benchmarks.retriever import ask_all, minilm, prepared, read_questions
 from benchmarks.retriever_servers import ours
 
-NEGATIVES, DEPTH, BATCH, MAX_TOKENS, RATE = 3, 20, 8, 192, 5e-5
+NEGATIVES, DEPTH, BATCH, MAX_TOKENS, RATE = 2, 20, 8, 192, 5e-5
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def train(arguments: argparse.Namespace, data: list[tuple[str, list[str]]]) -> N
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
         if step % 20 == 0 or step == steps:
             recent = sum(losses[-20:]) / len(losses[-20:])
             print(f"step {step}/{steps}  loss {recent:.3f}  {time.monotonic() - started:.0f} s", flush=True)

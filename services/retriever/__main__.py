@@ -37,14 +37,21 @@ def build(config: ConfigPath = None) -> None:
 
 @indexes.command()
 def check(config: ConfigPath = None) -> None:
-    """Whether the dense index is whole, of this corpus and encoder, and finds what was put in. Exit code 1 if not."""
-    from services.retriever.check import check_index
+    """Whether what retriever.backends needs is whole, of this corpus and encoder, and finds what was put in. Exit code 1 if not."""
+    settings, rebuild = load_config(config), rebuild_command(config)
+    backends = set(settings.retriever.backends)
+    if backends & {"dense", "hybrid"}:
+        from services.retriever.check import check_index
 
-    settings = load_config(config)
-    if problems := check_index(settings):
         folder = settings.data.index_folder
-        raise IndexMismatch(f"{folder}: {'; '.join(problems)}. Rebuild it: {rebuild_command(config)}")
-    print(f"{settings.data.index_folder}: whole, of this corpus and this encoder; sampled passages find themselves")
+        if problems := check_index(settings):
+            raise IndexMismatch(f"{folder}: {'; '.join(problems)}. Rebuild it: {rebuild}")
+        print(f"{folder}: whole, of this corpus and this encoder; sampled passages find themselves")
+    if backends & {"bm25", "hybrid"}:
+        from services.retriever.bm25 import load_bm25  # all that can be checked is checked whenever it is loaded
+
+        bm25 = load_bm25(settings, rebuild, lambda text: None)
+        print(f"BM25: undamaged, of this corpus; sampled documents are its passages ({bm25.info['passages']:,})")
 
 
 @indexes.command("import")

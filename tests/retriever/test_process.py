@@ -83,6 +83,17 @@ def test_check_says_whole_or_names_the_field_with_exit_code_1(indexed_file: Path
     assert f"Rebuild it: python -m services.retriever index build --config {indexed_file}" in broken.stderr
 
 
+def test_check_looks_at_bm25_too(config_file: Path) -> None:
+    config_file.write_text(config_file.read_text() + 'backends = ["bm25"]\n')
+    missing = run("index check", config_file)
+    assert missing.returncode == 1
+    assert "no whole BM25 index here" in missing.stderr
+    assert run("index build", config_file).returncode == 0
+    whole = run("index check", config_file)
+    assert whole.returncode == 0
+    assert "BM25: undamaged, of this corpus; sampled documents are its passages (100)" in whole.stdout
+
+
 def test_forage_index_import_passes_through_to_the_retriever(indexed_file: Path) -> None:
     folder = indexed_file.parent / "data" / "index"
     content = (folder / "index.faiss").read_bytes()
