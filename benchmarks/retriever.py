@@ -89,7 +89,7 @@ def prepared(arguments: argparse.Namespace, **retriever: object) -> Path:
 
 def encoder_of(config: Path, runtime: str) -> Encoder:
     """The encoder that the server loads, on both cores, with another runtime if need be."""
-    description = describe_encoder(load_config(config))
+    description = describe_encoder(load_config(config), "query")
     return load_encoder(replace(description, runtime=runtime), threads=2)
 
 

@@ -44,7 +44,7 @@ def import_index(config: Config, parts: Sequence[Path]) -> Manifest:
             raise RetrieverError(f"{part}: no such file; give the index file, or its parts in their order")
     folder = config.data.index_folder
     with sole_writer(folder):
-        corpus, encoder = Corpus.open(config.data.corpus_path), describe_encoder(config)
+        corpus, encoder = Corpus.open(config.data.corpus_path), describe_encoder(config, "passage")
         identity = identify(encoder, corpus, corpus_digest(corpus.path, readable_manifest(folder, Manifest)))
         _check_header(parts, len(corpus), encoder.dimension)
         with written_whole(index_path(folder)) as temporary:

@@ -46,7 +46,7 @@ def build_index(config: Config) -> Manifest:
     folder = config.data.index_folder
     with sole_writer(folder):
         corpus = Corpus.open(config.data.corpus_path)
-        encoder = describe_encoder(config)
+        encoder = describe_encoder(config, "passage")
         known = readable_manifest(folder, Manifest)
         identity = identify(encoder, corpus, corpus_digest(corpus.path, known))
         problems = _reasons_to_build(config, known, identity)

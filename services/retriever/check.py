@@ -43,7 +43,7 @@ def check_index(config: Config) -> list[str]:
     manifest = read_manifest(folder, Manifest, "Rebuild it")
     if manifest is None:
         return ["manifest.json is missing: no whole index is here"]
-    corpus, description = Corpus.open(config.data.corpus_path), describe_encoder(config)
+    corpus, description = Corpus.open(config.data.corpus_path), describe_encoder(config, "passage")
     identity = identify(description, corpus, corpus_digest(corpus.path, None))
     problems = index_problems(folder, manifest, identity, config.retriever.index_factory)
     if problems := problems or check_index_file(folder, manifest):

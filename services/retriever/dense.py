@@ -14,7 +14,7 @@ import numpy as np
 
 from services.contract.config import Config
 from services.retriever.corpus import Corpus
-from services.retriever.encoder import Encoder, describe_encoder, load_encoder
+from services.retriever.encoder import Encoder, describe_encoders, load_encoder
 from services.retriever.errors import IndexMismatch, RetrieverError
 from services.retriever.index import FaissIndex
 from services.retriever.manifest import (
@@ -70,29 +70,29 @@ def load_dense(config: Config, rebuild: str, say: Say) -> DenseIndex:
     folder, threads = config.data.index_folder, config.retriever.threads
     say("opening the corpus")
     corpus = Corpus.open(config.data.corpus_path)
-    description = describe_encoder(config)
+    queries, passages = describe_encoders(config)
     manifest = read_manifest(folder, Manifest, f"Rebuild it: {rebuild}")
     if manifest is None:
         raise IndexMismatch(f"{folder}: no whole index here (manifest.json is missing). Build it: {rebuild}")
     digest = corpus_digest(corpus.path, manifest, said_progress("reading the corpus", corpus.path.stat().st_size, "bytes", say))
-    problems = index_problems(folder, manifest, identify(description, corpus, digest), config.retriever.index_factory)
+    problems = index_problems(folder, manifest, identify(passages, corpus, digest), config.retriever.index_factory)
     if not problems and not (config.retriever.index_mmap and looks_untouched(folder, manifest)):
         problems = check_index_file(folder, manifest, said_progress("checking the index", manifest.index_bytes, "bytes", say))
     if problems:
         raise IndexMismatch(f"{folder}: the index does not belong to this run: {'; '.join(problems)}. Rebuild it: {rebuild}")
-    say(f"loading the encoder {description.name}")
-    encoder = load_encoder(description, threads)
+    say(f"loading the encoder {queries.name}")
+    encoder = load_encoder(queries, threads)
     say(f"loading the index ({manifest.index_bytes:,} bytes)")
     settings = config.retriever
     index = FaissIndex.load(index_path(folder), threads, settings.index_search, settings.index_mmap, settings.index_device)
     _agree(index, encoder, corpus, rebuild)
     info = {
-        "encoder": description.name,
-        "encoder_digest": description.digest,
+        "encoder": queries.name,
+        "encoder_digest": queries.digest,
         "encoder_runtime": encoder.runtime,
-        "family": description.family.name,
-        "pooling": description.family.pooling,
-        "normalized": description.family.normalized,
+        "family": queries.family.name,
+        "pooling": queries.family.pooling,
+        "normalized": queries.family.normalized,
         "index": manifest.factory,
         "index_digest": manifest.index_sha256,
         "metric": manifest.metric,

@@ -101,12 +101,13 @@ class EncoderDescription:
     """Where the graphs lie that were exported for ONNX Runtime."""
 
 
-def describe_encoder(config: Config) -> EncoderDescription:
-    """Raises RetrieverError when the folder is missing or its family cannot be told."""
+def describe_encoder(config: Config, role: Role) -> EncoderDescription:
+    """The model that encodes queries, or passages; mostly one. Raises RetrieverError when its folder is missing or its family
+    cannot be told."""
     settings = config.retriever
     if settings.encoder_family == "hashing":
         return EncoderDescription(HashingEncoder.NAME, HashingEncoder.NAME, FAMILIES["hashing"], HashingEncoder.DIMENSION, 0, None)
-    folder = config.encoder_path
+    folder = (settings.passage_encoder if role == "passage" else None) or config.encoder_path
     if not (folder / "config.json").is_file():
         raise RetrieverError(f"{folder}: no encoder here (config.json is missing); run `prepare`, or set retriever.encoder")
     model = _model_config(folder)
@@ -123,6 +124,18 @@ def describe_encoder(config: Config) -> EncoderDescription:
         runtime=settings.encoder_runtime,
         exports=config.data.directory / "models" / "onnx",
     )
+
+
+def describe_encoders(config: Config) -> tuple[EncoderDescription, EncoderDescription]:
+    """Of queries and of passages. Raises RetrieverError when they do not belong together."""
+    queries = describe_encoder(config, "query")
+    passages = describe_encoder(config, "passage") if config.retriever.passage_encoder else queries
+    if (queries.family, queries.dimension) != (passages.family, passages.dimension):
+        raise RetrieverError(
+            f"retriever.encoder ({queries.family.name}, {queries.dimension} dimensions) and retriever.passage_encoder "
+            f"({passages.family.name}, {passages.dimension}) are no pair: set both to the halves of one model"
+        )
+    return queries, passages
 
 
 def _model_config(folder: Path) -> dict[str, Any]:

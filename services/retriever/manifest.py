@@ -55,7 +55,7 @@ class Manifest(Identity, frozen=True, kw_only=True):
 
 
 MENDS = {
-    "encoder_digest": "retriever.encoder names another model than the index was built with",
+    "encoder_digest": "retriever.encoder, or passage_encoder, names another model than the index was built with",
     "family": "retriever.encoder_family",
     "max_tokens": "retriever.encoder_max_tokens",
     "factory": "retriever.index_factory",

@@ -146,7 +146,7 @@ def maps(path: Path) -> bytes:
 def test_what_a_worker_says_reaches_the_builder(tmp_path: Path) -> None:
     config = make_config(tmp_path, rows=70, index_workers=2)
     corpus = Corpus.open(config.data.corpus_path)
-    wrong = replace(describe_encoder(config), dimension=8)
+    wrong = replace(describe_encoder(config, "passage"), dimension=8)
     part = tmp_path / "part.npy"
     np.save(part, np.zeros((70, 8), np.float32))
     with pytest.raises(RetrieverError, match=r"encoder-\d: .*the model gives 1024 numbers, its config.json says 8"):

@@ -12,10 +12,23 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from services.contract.config import Config, RetrieverConfig
-from services.retriever.encoder import FAMILIES, HashingEncoder, Role, describe_encoder, folder_digest, infer_family, load_encoder
-from services.retriever.errors import RetrieverError
+from services.retriever.build import build_index
+from services.retriever.check import check_index
+from services.retriever.corpus import Corpus
+from services.retriever.encoder import (
+    FAMILIES,
+    HashingEncoder,
+    Role,
+    describe_encoder,
+    describe_encoders,
+    folder_digest,
+    infer_family,
+    load_encoder,
+)
+from services.retriever.errors import IndexMismatch, RetrieverError
 from services.retriever.transformer import TransformerEncoder
 from tests.retriever import tiny_models
+from tests.retriever.conftest import load, make_config, with_settings
 
 BGE_QUERY = "Represent this sentence for searching relevant passages: "
 RECIPES = {
@@ -68,7 +81,7 @@ def test_auto_refuses_to_guess_and_names_the_key(folder: str, base: str) -> None
 def test_missing_encoder_folder_names_folder_and_key(tmp_path: Path) -> None:
     config = Config.model_validate({"retriever": {"encoder": tmp_path / "nothing"}})
     with pytest.raises(RetrieverError, match=r"nothing: no encoder here.*retriever\.encoder"):
-        describe_encoder(config)
+        describe_encoder(config, "query")
 
 
 def test_digest_counts_weights_and_not_the_readme(tmp_path: Path) -> None:
@@ -183,7 +196,7 @@ def test_tiny_models_are_pooled_as_plain_transformers_code_does(tmp_path: Path, 
     make, family, query_prefix, passage_prefix, pooling, normalised = TINY[name]
     folder = make(tmp_path / "model")
     settings = {**TINY_SETTINGS, "encoder": folder, "encoder_family": family, "encoder_runtime": runtime}
-    description = describe_encoder(Config.model_validate({"data": {"directory": tmp_path}, "retriever": settings}))
+    description = describe_encoder(Config.model_validate({"data": {"directory": tmp_path}, "retriever": settings}), "query")
     encoder = load_encoder(description, threads=1)
     assert encoder.runtime == runtime
     prefixes: dict[Role, str] = {"query": query_prefix, "passage": passage_prefix}
@@ -197,7 +210,7 @@ def test_e5_prefixes_queries_and_passages_under_any_of_its_names(tmp_path: Path)
     """Search-R1's builder prefixes passages only for a model called exactly `e5`, its server queries for any e5."""
     folder = tiny_models.bert(tmp_path / "e5-large-v2")
     settings = {"data": {"directory": tmp_path}, "retriever": {**TINY_SETTINGS, "encoder": folder}}
-    encoder = load_encoder(describe_encoder(Config.model_validate(settings)), 1)
+    encoder = load_encoder(describe_encoder(Config.model_validate(settings), "query"), 1)
     query, passage = encoder.encode(TEXTS, "query"), encoder.encode(TEXTS, "passage")
     bare = vectors_by_hand(folder, TEXTS, "mean", True)
     assert np.abs(query - passage).max() > 0.01
@@ -259,7 +272,43 @@ def test_config_that_is_no_model_is_named(tmp_path: Path) -> None:
     config = Config.model_validate({"retriever": {"encoder": tmp_path, "encoder_family": "plain"}})
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(RetrieverError, match="config.json: neither hidden_size nor d_model"):
-        describe_encoder(config)
+        describe_encoder(config, "query")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(RetrieverError, match="config.json: not JSON"):
-        describe_encoder(config)
+        describe_encoder(config, "query")
+
+
+# -- two halves --------------------------------------------------------------------------------------------------------
+
+
+def two_halves(folder: Path, passage_encoder: Path) -> Config:
+    config = make_config(folder, rows=20)
+    question = tiny_models.dpr(folder / "question_encoder")
+    settings = {"encoder": question, "encoder_family": "auto", "passage_encoder": passage_encoder, "encoder_max_tokens": 64}
+    return with_settings(config, **settings)
+
+
+def test_passages_are_encoded_by_the_passage_half_and_queries_by_the_other(tmp_path: Path) -> None:
+    config = two_halves(tmp_path, tiny_models.dpr(tmp_path / "ctx_encoder", half="DPRContextEncoder"))
+    build_index(config)
+    assert not check_index(config)
+    stored = np.load(config.data.index_folder / "embeddings.npy")
+    texts = [Corpus.open(config.data.corpus_path).contents(row) for row in range(20)]
+    np.testing.assert_allclose(stored, vectors_by_hand(tmp_path / "ctx_encoder", texts, "pooler_output", False), atol=1e-5)
+    query = "what is the harbour"
+    scores = stored @ vectors_by_hand(tmp_path / "question_encoder", [query], "pooler_output", False)[0]
+    (found,) = load(config).answer([(query, 1)])
+    assert found[0].score == pytest.approx(scores.max(), abs=1e-4)
+
+
+def test_another_passage_half_does_not_belong_to_the_index(tmp_path: Path) -> None:
+    config = two_halves(tmp_path, tiny_models.dpr(tmp_path / "ctx_encoder", half="DPRContextEncoder"))
+    build_index(config)
+    with pytest.raises(IndexMismatch, match="or passage_encoder, names another model"):
+        load(with_settings(config, passage_encoder=None))
+
+
+def test_halves_of_different_models_are_refused(tmp_path: Path) -> None:
+    config = two_halves(tmp_path, tiny_models.dpr(tmp_path / "ctx_encoder", half="DPRContextEncoder", projection=16))
+    with pytest.raises(RetrieverError, match=r"\(dpr, 24 dimensions\) and retriever.passage_encoder \(dpr, 16\) are no pair"):
+        describe_encoders(config)

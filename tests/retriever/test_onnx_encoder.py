@@ -26,7 +26,7 @@ def describe(folder: Path, runtime: str = "onnx", **settings: Any) -> EncoderDes
     if not model.exists():
         tiny_models.bert(model)
     retriever = {"encoder": model, "encoder_family": "minilm", "encoder_max_tokens": 64, "encoder_runtime": runtime, **settings}
-    return describe_encoder(Config.model_validate({"data": {"directory": folder}, "retriever": retriever}))
+    return describe_encoder(Config.model_validate({"data": {"directory": folder}, "retriever": retriever}), "query")
 
 
 def kept(description: EncoderDescription) -> list[Path]:

@@ -112,6 +112,8 @@ class RetrieverConfig(Section):
     """What is served; the first answers requests that do not say. Only what is named is loaded (`hybrid` needs dense and bm25)."""
     encoder: Path | None = None
     """A Hugging Face folder of an embedding model. None: `<data.directory>/models/encoder`."""
+    passage_encoder: Path | None = None
+    """The folder that encodes passages, where it is another model than the queries', as DPR's two halves are. None: `encoder`."""
     encoder_family: Literal["auto", "e5", "bge", "dpr", "contriever", "t5", "minilm", "plain", "hashing"] = "auto"
     """Decides prefix, pooling and normalisation. `auto` reads it off the folder's name, then off its config.json. `plain` (Jina
     and others): mean of the tokens, no prefix, not normalised. `hashing` needs no model (tests)."""
