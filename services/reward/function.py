@@ -15,6 +15,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from billiard.common import terminate_handler_fired
 from celery.exceptions import SoftTimeLimitExceeded
 
 from services.contract.config import ConfigError
@@ -68,6 +69,8 @@ def checked(name: str, function: Callable[[Episode], Any]) -> Function:
         except SoftTimeLimitExceeded:
             raise
         except (Exception, SystemExit) as error:
+            if terminate_handler_fired():  # the pool is ending this process, the function has done nothing
+                raise
             raise FunctionFailed(f"reward.function {name} raised {type(error).__name__}: {error}") from error
         return _as_grade(name, returned)
 

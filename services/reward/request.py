@@ -25,6 +25,6 @@ class CountedRequest(Request):
         super().on_timeout(soft, timeout)
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
-        if isinstance(exc_info.exception, WorkerLostError):
+        if isinstance(getattr(exc_info.exception, "exc", exc_info.exception), WorkerLostError):  # mostly wrapped with its traceback
             self.task.metrics.count_failure("process_lost")
         super().on_failure(exc_info, send_failed_event, return_ok)

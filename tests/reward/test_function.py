@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +129,25 @@ def test_a_time_limit_that_hits_it_is_passed_on() -> None:
 
     with pytest.raises(SoftTimeLimitExceeded):
         decided_by(slow)
+
+
+def test_the_example_in_the_docs_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (section,) = [block for block in re.findall(r"```toml\n(.*?)```", page, re.DOTALL) if "function" in block]
+    config = RewardConfig.model_validate(tomllib.loads(section)["reward"])
+    assert config.function
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / f"{config.function.partition(':')[0]}.py").write_text(example)
+    function = load_function(config.function)
+    right = grade(make_trajectory(answer="Paris"), config, function)
+    assert right.reward == 0.5 + 0.5 * 0.75 and right.parts["brevity"] == 1.0
+    assert grade(make_trajectory(answer="Rome"), config, function).reward == 0.0
+
+
+def test_every_section_in_the_docs_is_a_configuration() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+    sections = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    assert len(sections) == 2
+    for section in sections:
+        RewardConfig.model_validate(tomllib.loads(section)["reward"])

@@ -45,7 +45,7 @@ def scrape(bench: Bench) -> dict[tuple[str, ...], float]:
     """Every sample by its name and the values of its labels."""
     with urllib.request.urlopen(f"http://127.0.0.1:{bench.config.reward.metrics_port}/metrics", timeout=10) as reply:
         families = text_string_to_metric_families(reply.read().decode())
-        return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
+        return {(s.name, *sorted(s.labels.values())): s.value for family in families for s in family.samples}
 
 
 def test_outcomes_failures_seconds_and_rewards_are_counted(measured: Bench) -> None:
@@ -62,10 +62,12 @@ def test_outcomes_failures_seconds_and_rewards_are_counted(measured: Bench) -> N
     assert (seen[counted, "graded"], seen[counted, "buried"]) == (3, 3)
     assert seen[counted, "gone"] >= 1, "a message that a slow machine delivers twice finds its group gone too"
     failures = {labels[0]: value for (name, *labels), value in seen.items() if name == "forage_reward_failures_total"}
-    assert failures == {"process_lost": 1, "hard_time_limit": 1, "error": 1}
+    assert failures["error"] == 1
+    # On a slow machine the time limit passes before anybody has noticed that the process is dead.
+    assert failures["hard_time_limit"] >= 1 and failures["hard_time_limit"] + failures.get("process_lost", 0) == 2
     assert seen["forage_reward_value_count", "capital"] == 3
     assert seen["forage_reward_value_sum", "capital"] == 2.0, "mean 2/3"
-    assert seen["forage_reward_value_bucket", "capital", "0.0"] == 1
+    assert seen["forage_reward_value_bucket", "0.0", "capital"] == 1
     assert seen["forage_reward_grade_seconds_count",] == 3 + 3 + 1 + seen[counted, "gone"]
 
 
