@@ -26,12 +26,11 @@ from services.reward.health import STARTING, HeartbeatStep
 from services.reward.metrics import Metrics, serve_metrics
 from services.reward.sweep import Sweep
 from services.reward.task import register
-from services.reward.transport import Transport
 
 
 def make_worker(config: Config) -> Worker:
     app = grading_app(config)
-    app.conf.broker_transport = Transport
+    app.conf.broker_transport = "services.reward.transport:Transport"  # by name: `inspect stats` sends it as JSON
     register(app, config, Metrics())
     Sweep(app, config).start()
     app.steps["consumer"].add(HeartbeatStep)  # pyright: ignore[reportOptionalSubscript]
