@@ -39,7 +39,6 @@ def grading_app(config: Config) -> Celery:
             "interval_max": 1,
         },
         worker_prefetch_multiplier=1,
-        worker_enable_remote_control=False,
         worker_proc_alive_timeout=60,
         worker_hijack_root_logger=False,
         task_soft_time_limit=config.reward.soft_time_limit_s,
@@ -55,6 +54,7 @@ def grading_app(config: Config) -> Celery:
             "unacked_restore_throttle": 1,
             "unacked_mutex_expire": 30,
             "socket_connect_timeout": 5,
+            "socket_timeout": 30,
             "socket_keepalive": True,
         },
     )

@@ -38,12 +38,13 @@ for i = 6, #KEYS do redis.call('DEL', KEYS[i]) end
 return 1
 """
 
-# KEYS: trajectory, graded, graded_samples. ARGV: the body that was graded, the body with its reward, notice, group id.
+# KEYS: trajectory, graded, graded_samples, its grading. ARGV: the body that was graded, the body with its reward, notice, group id.
 GRADE = """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[2])
 redis.call('XADD', KEYS[2], '*', 'body', ARGV[3])
 redis.call('HINCRBY', KEYS[3], ARGV[4], 1)
+redis.call('DEL', KEYS[4])
 return 1
 """
 

@@ -10,6 +10,10 @@
 | collected | the trainer read it, nothing is acknowledged | a new trainer reads its pending entries again                      |
 | released  | `release`, after the checkpoint is durable | done again; releasing twice changes nothing                          |
 | dead      | `fail` beyond `max_attempts`             | the trainer's pending entry of `dead` is read again                    |
+| dead      | `GradingTries.bury`: one of its samples cannot be graded | Celery delivers again, or the sweep asks again          |
+
+A finished group leaves by `collected` or, when one of its samples can never be graded, by `dead`: it is never waited for in vain.
+A group that is still being played is not buried by a grader; the sweep asks again once it is finished.
 
 At any instant ``fed = waiting + leased + finished + dead`` and ``finished = collected + graded_waiting + ungraded + released``
 (`Accounts.check`). States live in one hash until release; what was released or died is only counted.
@@ -185,18 +189,19 @@ class GroupStore:
             return False
         graded = msgspec.structs.replace(trajectory, reward=reward, reward_parts=parts)
         notice = GradedNotice(trajectory.id, trajectory.group_id, reward)
-        keys = [self.keys.trajectory(trajectory.id), self.keys.graded, self.keys.graded_samples]
+        keys = [self.keys.trajectory(trajectory.id), self.keys.graded, self.keys.graded_samples, self.keys.grading(trajectory.id)]
         return bool(self._grade(keys, [encode(trajectory), encode(graded), encode(notice), trajectory.group_id]))
 
     def ungraded(self) -> list[str]:
-        """Ids of trajectories without a reward in groups that their workers have finished."""
+        """Ids of trajectories without a reward in groups that their workers have finished; those that cannot be read too."""
         states, graded = self.client.hgetall(self.keys.states), self.client.hgetall(self.keys.graded_samples)
         names: list[str] = []
         for group_id, state in states.items():
             samples = int(state.split()[1]) if state.startswith(b"finished") else 0
             if int(graded.get(group_id, 0)) < samples:
                 names += [f"{group_id.decode()}/{sample}" for sample in range(samples)]
-        return [t.id for t in self.load_many(names) if t and t.reward is None] if names else []
+        bodies = self.client.mget([self.keys.trajectory(i) for i in names]) if names else []
+        return [name for name, body in zip(names, bodies, strict=True) if body and not _is_graded(body)]
 
     # -- the trainer collects ------------------------------------------------------------------------------------------
 
@@ -272,3 +277,10 @@ class GroupStore:
                 raise
             self.ensure_streams()
             return command()
+
+
+def _is_graded(body: bytes) -> bool:
+    try:
+        return decode_trajectory(body).reward is not None
+    except msgspec.DecodeError:
+        return False

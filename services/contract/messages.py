@@ -111,6 +111,8 @@ class Trajectory(msgspec.Struct, omit_defaults=True):
     stop_reason: str
     """answered, no_answer, length, context, aborted (see services/rollout/episode.py)."""
     temperature: float
+    prompt_text: str = ""
+    """`prompt_ids` as text, special tokens included."""
     question: str = ""
     source: str = ""
     """The kind of question, as in its group."""
@@ -184,9 +186,11 @@ class DeadLetter(msgspec.Struct, frozen=True):
     """A group that was given up: why, and after how many attempts."""
 
     group_id: str
-    purpose: Purpose
+    purpose: Purpose | None
+    """None when a grader gave the group up: a trajectory does not say what it was played for."""
     reason: str
     attempts: int
+    """Of the rollout to play the group, or of the graders to grade one trajectory of it."""
 
 
 class Segment(msgspec.Struct, frozen=True):

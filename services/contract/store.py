@@ -115,5 +115,9 @@ class Keys:
     def trajectory(self, trajectory_id: str) -> str:
         return f"{self.prefix}trajectory:{trajectory_id}"
 
+    def grading(self, trajectory_id: str) -> str:
+        """How often its grading was begun, and why the last try failed."""
+        return f"{self.prefix}grading:{trajectory_id}"
+
     def engine_alive(self, engine_id: str) -> str:
         return f"{self.prefix}engine_alive:{engine_id}"

@@ -20,6 +20,8 @@ ANSWER_ONLY_NOTICE = "\n\nNo searches are left. Give the answer now.\n\n"
 
 _ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_INFORMATION = re.compile(r"<information>(.*?)</information>", re.DOTALL)
+_SHOWN = re.compile(r"^Doc \d+\(Title: (\".*?\"|.*?)\)(?: |$)", re.MULTILINE)
 _ANY_TAG = re.compile(rf"<(/?)({'|'.join(TAGS)})>")
 
 
@@ -69,3 +71,12 @@ def neutralise_tags(text: str) -> str:
 def observation(contents: Sequence[str]) -> str:
     """What is appended to the transcript after a search; `contents` best first, empty if nothing was found."""
     return f"\n\n<information>{neutralise_tags(passages_text(contents)).strip()}{INFORMATION_CLOSE}"
+
+
+def shown_passages(observed: str) -> list[tuple[str, str]]:
+    """(title line, text) of each passage in an observation, as far as it was shown: the inverse of `observation`.
+
+    A text that itself has a line which begins like a passage is taken apart there; a title that was cut off is left out.
+    """
+    pieces = _SHOWN.split("".join(_INFORMATION.findall(observed)))
+    return [(title, text.strip()) for title, text in zip(pieces[1::2], pieces[2::2], strict=True)]

@@ -1,42 +1,81 @@
-"""The reward of one trajectory: a pure function of what the model wrote, the golden answers and the `[reward]` section.
+"""The reward of one trajectory: a pure function of its texts, the golden answers and the `[reward]` section.
 
-| the trajectory                      | reward                |
-|-------------------------------------|-----------------------|
-| its answer matches a gold           | `reward.correct`      |
-| no match, but the format is kept    | `reward.format_bonus` |
-| anything else                       | 0                     |
+| the answer is | the format is | it earns                                                                                |
+|---------------|---------------|-----------------------------------------------------------------------------------------|
+| right         | kept          | `correct`                                                                               |
+| right         | broken        | `correct` - `structure_format_score`                                                    |
+| wrong         | kept          | `structure_format_score`, and `retrieval_score` if a gold stands in a retrieved passage |
+| wrong         | broken        | `final_format_score`                                                                    |
+| missing       | broken        | 0                                                                                       |
 
-Observations are never read: an answer that stands in a retrieved passage is not the model's.
+The table is Search-R1's. `reward.match` says what right means; under "f1" an answer is right to a share between 0 and 1, and
+earns that share of the way from its wrong row to its right one. A missing answer always breaks the format.
+
+Answer and format are read from the model's own turns, retrieval from the passages it was shown. With `reward.legacy` the table
+is fed with what the originals would have read (legacy.py), and the parts beside the reward say both.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 from services.contract.config import RewardConfig
 from services.contract.messages import Trajectory
-from services.contract.transcript import last_answer
+from services.reward import legacy
+from services.reward.episode import Episode, episode_of
 from services.reward.format import keeps_format
-from services.reward.matching import exact_match
+from services.reward.matching import exact_match, f1, sub_match
+
+MATCH_PART = {"exact": "exact_match", "sub": "sub_match", "f1": "f1"}
+BUILT_IN = frozenset({"exact_match", "sub_match", "f1", "format", "retrieval", "searches", "answered"})
+Function = Callable[[Episode], "Grade"]
+"""A reward of one's own: see function.py."""
 
 
 class Grade(NamedTuple):
     reward: float
     parts: dict[str, float]
-    """exact_match, format and answered as 0 or 1; searches as a count."""
+    """exact_match, sub_match, f1, format, retrieval, answered from 0 to 1; searches as a count; those of legacy or function."""
 
 
-def grade(trajectory: Trajectory, config: RewardConfig) -> Grade:
-    """Grade the last answer block that lies inside one model span. Same input, same grade."""
-    turns = [span.text for span in trajectory.spans if span.kind == "model"]
-    answer = last_answer(turns)
-    matches = answer is not None and exact_match(answer, trajectory.golden_answers)
-    in_format = keeps_format(turns, config.require_think)
-    reward = config.correct if matches else config.format_bonus if in_format else 0.0
-    parts = {
-        "exact_match": float(matches),
-        "format": float(in_format),
-        "searches": float(trajectory.searches),
-        "answered": float(answer is not None),
+def grade(trajectory: Trajectory, config: RewardConfig, function: Function | None = None) -> Grade:
+    """The same trajectory earns the same every time, unless a `function` decides otherwise.
+
+    Raises UngradableTrajectory when legacy rules are asked for and the prompt's text is not there, and what `function` raises.
+    """
+    episode = episode_of(trajectory)
+    parts = built_in_parts(episode, config.require_think)
+    if config.legacy:
+        verdict = legacy.judge(trajectory, config.match)
+        return Grade(pay(config, *verdict), parts | legacy.parts_of(verdict))
+    reward = pay(config, parts[MATCH_PART[config.match]], episode.answer is not None, parts["format"] == 1, parts["retrieval"] == 1)
+    if function is None:
+        return Grade(reward, parts)
+    decided = function(replace(episode, reward=reward, parts=MappingProxyType(parts)))
+    return Grade(decided.reward, parts | decided.parts)
+
+
+def built_in_parts(episode: Episode, require_think: bool) -> dict[str, float]:
+    """Every figure that the built-in rules know, whichever of them the reward uses."""
+    answer, golds = episode.answer or "", episode.golden_answers
+    return {
+        "exact_match": exact_match(answer, golds),
+        "sub_match": sub_match(answer, golds),
+        "f1": f1(answer, golds),
+        "format": float(keeps_format(episode.turns, require_think)),
+        "retrieval": float(any(sub_match(f"{passage.title} {passage.text}", golds) for passage in episode.passages)),
+        "searches": float(episode.searches),
+        "answered": float(episode.answer is not None),
     }
-    return Grade(float(reward), parts)
+
+
+def pay(config: RewardConfig, match: float, answered: bool, in_format: bool, retrieved: bool) -> float:
+    """The module's table; `match` is the share to which the answer is right."""
+    if in_format:
+        right, wrong = config.correct, config.structure_format_score + config.retrieval_score * retrieved
+    else:
+        right, wrong = config.correct - config.structure_format_score, config.final_format_score * answered
+    return match * right + (1 - match) * wrong

@@ -15,24 +15,12 @@ from typing import Any
 
 from celery import bootsteps
 from celery.worker import state
-from celery.worker.request import Request
 
 from services.contract.telemetry import Heartbeat
 
 logger = logging.getLogger("reward")
 BEAT_S = 1.0
 STARTING = "starting: not connected to the broker yet"
-
-
-class NoticedRequest(Request):
-    """Lets a failed acknowledgement be noticed: the consumer then connects anew, and the broker delivers again.
-
-    Celery logs such a failure and goes on. The message then counts as in hand for ever, and with a prefetch of one the worker
-    would take no other and, not reading from the broker any more, would not even see that the connection is gone.
-    """
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options | {"connection_errors": ()})
 
 
 class HeartbeatStep(bootsteps.StartStopStep):
@@ -49,7 +37,8 @@ class HeartbeatStep(bootsteps.StartStopStep):
         self.connected_before = False
 
     def start(self, parent: Any) -> None:
-        queue, broker = parent.app.conf.task_default_queue, parent.connection.as_uri()
+        queue, at = parent.app.conf.task_default_queue, parent.connection
+        broker = f"redis://{at.hostname}:{at.port}/{at.virtual_host}"
         if self.connected_before:
             logger.info("connected to the broker again")
         else:

@@ -1,7 +1,8 @@
 """Asks again for what nobody grades: a broker can lose a message whose worker dies in the instant between taking and noting it.
 
 A trajectory of a finished group that is still ungraded at two sweeps in a row is sent again, at most once in RESEND_S; a long
-queue is thus not made longer than twice its length. Grading twice changes nothing.
+queue is thus not made longer than twice its length. Grading twice changes nothing. So a trajectory that was given up while its
+group was still being played comes back to the graders, who then bury the group.
 """
 
 from __future__ import annotations

@@ -109,6 +109,7 @@ async def play_episode(group: PromptGroup, sample: int, prompt_ids: list[int], p
         status=STATUS[stop_reason],
         stop_reason=stop_reason,
         temperature=group.sampling.temperature,
+        prompt_text=player.codec.decode(prompt_ids),
         question=group.question,
         source=group.source,
         golden_answers=group.golden_answers,

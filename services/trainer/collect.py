@@ -72,6 +72,7 @@ class Collector:
             letters = [letter for letter in self.store.read_dead() if size(letter.group_id) is not None]
             dead += letters
             self._keep(fresh)
+            self._forget({letter.group_id for letter in letters})
             now = time.monotonic()
             if fresh or letters:
                 heard = nudged = now
@@ -82,10 +83,14 @@ class Collector:
                 nudged = now
 
     def discard(self, keep: Callable[[str], bool]) -> None:
-        """Release groups that nobody will ask for: those of an evaluation that was over, or consumed before a crash."""
+        """Release groups that nobody will ask for: given up, of an evaluation that was over, or consumed before a crash."""
         for group_id in [g for g in self._notices if not keep(g)]:
             notices = self._notices.pop(group_id)
             self.store.release(group_id, list(notices), [n.entry_id for n in notices.values()])
+
+    def _forget(self, buried: set[str]) -> None:
+        """Release what had been graded of groups before they died."""
+        self.discard(lambda group_id: group_id not in buried)
 
     def _take(self, group_ids: list[str]) -> list[CompleteGroup]:
         return [group for group_id in group_ids if (group := self._load(group_id))]

@@ -20,6 +20,9 @@ from services.trainer.transcripts import transcript_row
 
 logger = logging.getLogger("trainer")
 
+FROM_PARTS = ("exact_match", "sub_match", "f1", "format")
+FIGURES = (*FROM_PARTS, "searches", "answered")
+
 
 def evaluation_group_id(label: str, version: int, place: int) -> str:
     return f"e-{label}-v{version}-{place:05d}"
@@ -93,20 +96,19 @@ def _score(
         answered=every["answered"],
         by_source={source: _means(rows) | {"questions": len(rows)} for source, rows in sorted(by_source.items())},
         seconds=round(seconds, 1),
+        f1=every["f1"],
+        sub_match=every["sub_match"],
     )
 
 
 def _figures(trajectory: Trajectory | None) -> dict[str, float]:
     if trajectory is None:
-        return {"exact_match": 0.0, "format": 0.0, "searches": 0.0, "answered": 0.0}
-    parts = trajectory.reward_parts
-    return {
-        "exact_match": parts.get("exact_match", 0.0),
-        "format": parts.get("format", 0.0),
+        return dict.fromkeys(FIGURES, 0.0)
+    return {name: trajectory.reward_parts.get(name, 0.0) for name in FROM_PARTS} | {
         "searches": float(trajectory.searches),
         "answered": float(trajectory.answer is not None and trajectory.searches > 0),
     }
 
 
 def _means(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {name: round(fmean(row[name] for row in rows), 4) for name in ("exact_match", "format", "searches", "answered")}
+    return {name: round(fmean(row[name] for row in rows), 4) for name in FIGURES}

@@ -38,6 +38,9 @@ class Evaluation(msgspec.Struct, frozen=True):
     by_source: dict[str, dict[str, float]]
     """The same figures for every kind of question."""
     seconds: float
+    f1: float | None = None
+    sub_match: float | None = None
+    """None in the ledger of a run that was begun before these figures were taken."""
 
 
 class Ledger(msgspec.Struct):

@@ -21,8 +21,7 @@ def rollout_metrics(groups: list[CompleteGroup], version: int) -> dict[str, floa
     model_tokens = [sum(t.loss_mask) for t in trajectories]
     return {
         "reward": fmean(t.reward or 0.0 for t in trajectories),
-        "exact_match": _part(trajectories, "exact_match"),
-        "format": _part(trajectories, "format"),
+        **{name: _part(trajectories, name) for name in ("exact_match", "sub_match", "f1", "format", "retrieval")},
         "searches": fmean(t.searches for t in trajectories),
         "response_tokens": fmean(len(t.response_ids) for t in trajectories),
         "model_tokens": fmean(model_tokens),

@@ -9,6 +9,7 @@ from services.trainer.ledger import Evaluation
 LABELS = {"start": "start", "warm": "warm start", "grpo": "GRPO"}
 FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "exact_match": ("exact match %", lambda share: f"{100 * share:.0f}"),
+    "f1": ("F1 %", lambda share: f"{100 * share:.0f}"),
     "format": ("format %", lambda share: f"{100 * share:.0f}"),
     "searches": ("searches per question", lambda count: f"{count:.2f}"),
 }
@@ -33,7 +34,7 @@ def _as_scores(evaluation: Evaluation) -> dict[str, float]:
 
 
 def _cells(scores: list[dict[str, float]]) -> list[str]:
-    return [" → ".join(show(s[name]) if name in s else "–" for s in scores) for name, (_, show) in FIGURES.items()]
+    return [" → ".join(show(s[name]) if s.get(name) is not None else "–" for s in scores) for name, (_, show) in FIGURES.items()]
 
 
 def _markdown(rows: list[list[str]]) -> str:

@@ -24,7 +24,7 @@ from services.contract.telemetry import Heartbeat
 from services.contract.weights import version_folder
 from services.trainer.batch import Batches
 from services.trainer.collect import Collector, CompleteGroup
-from services.trainer.evaluate import Evaluator
+from services.trainer.evaluate import FIGURES, Evaluator
 from services.trainer.ledger import Checkpoints, Ledger
 from services.trainer.megatron.learner import Learner
 from services.trainer.metrics import Journal
@@ -183,7 +183,7 @@ class Run:
             f"searches {evaluation.searches:.2f}  searched and answered {evaluation.answered:.1%}  "
             f"of {evaluation.questions} held-out questions in {evaluation.seconds:.0f} s"
         )
-        figures = {name: getattr(evaluation, name) for name in ("exact_match", "format", "searches", "answered", "seconds")}
+        figures = {name: getattr(evaluation, name) for name in (*FIGURES, "seconds")}
         self.record("evaluation", self.ledger.step, {"label": label, **figures})
 
     def flow_figures(self) -> dict[str, float]:

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from services.contract.config import RedisConfig
+from services.contract.grading_tries import GradingTries
 from services.contract.groups import GroupStore
+from services.contract.messages import decode_trajectory
 from services.contract.store import RedisAway, connect
 from tests.conftest import RedisServer
 from tests.factories import make_group, make_trajectory
@@ -77,6 +79,32 @@ def test_grading_twice_announces_once(store: GroupStore) -> None:
     assert not store.grade(store.load("t0/0"), 0.0, {})
     assert [g.notice.reward for g in store.read_graded(10, 10)] == [1.0]
     assert store.load("t0/0").reward_parts == {"exact_match": 1.0}
+
+
+def test_a_finished_group_with_a_sample_that_cannot_be_graded_is_buried_with_its_reason(store: GroupStore) -> None:
+    play(store)
+    store.grade(store.load("t0/0"), 1.0, {})
+    tries = GradingTries(store.client, "test")
+    attempt = tries.begin("t0/1", 3)
+    assert attempt and tries.bury(attempt, "no such judge", 3)
+    (letter,) = store.read_dead()
+    assert (letter.group_id, letter.reason, letter.attempts) == ("t0", "no such judge", 3)
+    assert store.load("t0/0") is None and not store.client.keys("*grading:*")
+    assert (store.accounts().dead, store.accounts().finished) == (1, 0)
+    assert store.feed(make_group()), "a buried group may be fed again"
+
+
+def test_tries_to_grade_are_counted_until_there_are_none_left_and_forgotten_with_a_grade(store: GroupStore) -> None:
+    store.store(make_trajectory())
+    tries = GradingTries(store.client, "test")
+    begun = [tries.begin("t0/0", 2) for _ in range(2)]
+    tries.note(begun[1], "no such judge")
+    begun += [tries.begin("t0/0", 2) for _ in range(2)]
+    assert [(b.number, b.last_reason) for b in begun] == [(1, ""), (2, ""), (3, "no such judge"), (3, "no such judge")]
+    assert store.client.ttl(store.keys.grading("t0/0")) > 3600, "what is never graded is forgotten some day"
+    store.grade(store.load("t0/0"), 1.0, {})
+    assert not store.client.keys("*grading:*")
+    assert tries.begin("nobody/0", 2) is None
 
 
 def test_grading_what_was_released_does_nothing(store: GroupStore) -> None:
@@ -217,6 +245,15 @@ class Accounting(RuleBasedStateMachine):
             if trajectory.reward is None:
                 self.store.grade(trajectory, 1.0, {})
                 return
+
+    @rule(pick=st.integers(0, 9))
+    def give_up_grading(self, pick: int) -> None:
+        tries, keys = GradingTries(self.store.client, "test"), sorted(self.store.client.keys("*trajectory*"))
+        if keys:
+            attempt = tries.begin(keys[pick % len(keys)].decode().split("trajectory:")[1], 3)
+            assert attempt
+            if decode_trajectory(attempt.body).reward is None:
+                tries.bury(attempt, "x", attempt.number)
 
     @rule()
     def collect_and_release(self) -> None:

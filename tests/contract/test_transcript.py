@@ -22,6 +22,7 @@ from services.contract.transcript import (
     observation,
     parse_action,
     passages_text,
+    shown_passages,
 )
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -131,3 +132,32 @@ def test_the_prompt_holds_the_question_in_the_form_asked_for() -> None:
     assert build_prompt(question, instruction, "Be brief.", chat=True)[0] == {"role": "system", "content": "Be brief."}
     assert build_prompt(question, instruction, None, chat=False) == user
     assert build_prompt(question, instruction, "Be brief.", chat=False) == f"Be brief.\n\n{user}"
+
+
+TITLES = st.text(st.characters(exclude_characters='"\n\r', categories=["L", "N", "Zs"]), min_size=1).map(str.strip).filter(bool)
+TEXTS = st.text(st.characters(categories=["L", "N", "P", "Zs"]), min_size=1).map(str.strip).filter(bool)
+
+
+@given(st.lists(st.tuples(TITLES, TEXTS), max_size=4), st.booleans())
+def test_what_was_shown_is_read_back(passages: list[tuple[str, str]], quoted: bool) -> None:
+    titles = [f'"{title}"' if quoted else title for title, _ in passages]
+    contents = [f"{title}\n{text}" for title, (_, text) in zip(titles, passages, strict=True)]
+    assert shown_passages(observation(contents)) == list(zip(titles, [t for _, t in passages], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("observed", "shown"),
+    [
+        (NOTICE, []),
+        (observation([]), []),
+        (
+            observation(['"X (film)"\nA film.', "Plain (b)\nText\nof lines"]),
+            [('"X (film)"', "A film."), ("Plain (b)", "Text\nof lines")],
+        ),
+        (observation(['"A ""quoted"" title"\nText']), [('"A ""quoted"" title"', "Text")]),
+        (observation(['"Only a title"']), [('"Only a title"', "")]),
+        ('<information>Doc 1(Title: "Cut off in the</information>', []),
+    ],
+)
+def test_odd_observations_are_read_as_far_as_they_go(observed: str, shown: list) -> None:
+    assert shown_passages(observed) == shown

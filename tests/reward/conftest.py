@@ -18,9 +18,10 @@ from celery import Celery
 from services.contract.config import Config, load_config
 from services.contract.grading import grading_app
 from services.contract.groups import GroupStore
-from services.contract.messages import GradedNotice
+from services.contract.messages import DeadLetter, GradedNotice
 from services.contract.store import connect
 from tests.conftest import RedisServer
+from tests.factories import make_group, make_trajectory
 
 SETTINGS = """
 [run]
@@ -29,8 +30,6 @@ name = "test"
 concurrency = 1
 soft_time_limit_s = 1
 time_limit_s = 1.5
-[redis]
-retry_s = 60
 """
 
 
@@ -44,13 +43,14 @@ def wait_until(holds: Callable[[], object], seconds: float = 20.0, what: str = "
 class Bench:
     """A Redis server, what rollout and trainer hold of it, and the grading workers a test starts."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, more: str = "") -> None:
+        """`more` lines go to the `[reward]` section."""
         self.folder = folder
         self.server = RedisServer(folder)
         self.server.start()
         self.config_file = folder / "run.toml"
-        self.config_file.write_text(SETTINGS)
-        self.environment = {"FORAGE_REDIS__URL": self.server.url}
+        self.config_file.write_text(SETTINGS + more)
+        self.environment = {"FORAGE_REDIS__URL": self.server.url, "FORAGE_REDIS__RETRY_S": "60"}
         self.config: Config = load_config(self.config_file, self.environment)
         self.app: Celery = grading_app(self.config)
         self.store = GroupStore(connect(self.config.redis), "test")
@@ -75,6 +75,20 @@ class Bench:
     def is_graded(self, trajectory_id: str) -> bool:
         return trajectory_id in self.rewards()
 
+    def play(self, group_id: str, *answers: str, finished: bool = True) -> None:
+        """A group as a rollout worker leaves it: one stored sample for each answer."""
+        self.store.feed(make_group(group_id, samples=len(answers)))
+        (lease,) = self.store.lease("worker", 1, 10)
+        for sample, answer in enumerate(answers):
+            self.store.store(make_trajectory(group_id, sample, answer=answer))
+        if finished:
+            assert self.store.finish(lease)
+
+    def letters(self) -> list[DeadLetter]:
+        """Everything buried so far, whoever has read it."""
+        entries = self.store.client.xrange(self.store.keys.dead)
+        return [msgspec.msgpack.decode(fields[b"body"], type=DeadLetter) for _, fields in entries]
+
     def in_hand(self) -> int:
         """Messages that a worker has taken and not acknowledged."""
         return self.broker.hlen("unacked")
@@ -89,6 +103,7 @@ class GradingWorker:
     def __init__(self, bench: Bench, name: str) -> None:
         self.name, self.heartbeat, self.log = name, bench.folder / f"{name}.heartbeat", bench.folder / f"{name}.log"
         environment = {**os.environ, **bench.environment, "FORAGE_HEARTBEAT_FILE": str(self.heartbeat)}
+        environment["PYTHONPATH"] = os.pathsep.join([str(bench.folder), os.environ.get("PYTHONPATH", "")])  # for rewards of its own
         environment["FORAGE_LOG_LEVEL"] = "DEBUG"
         command = [sys.executable, "-m", "services.reward", "--config", str(bench.config_file)]
         self.process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The pure grader: golden transcripts, and how match, format and the configured rewards combine."""
+"""The pure grader: golden transcripts, and how match, format, retrieval and the configured rewards combine."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import pytest
 
 from services.contract.config import RewardConfig
 from services.contract.messages import Span, Trajectory, VersionSpan
-from services.contract.transcript import ANSWER_ONLY_NOTICE, NOTICE, last_answer
-from services.reward.grade import grade
+from services.contract.transcript import ANSWER_ONLY_NOTICE, NOTICE, last_answer, observation
+from services.reward.grade import BUILT_IN, grade
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 CASES = json.loads((GOLDENS / "format_reward.json").read_text())["cases"]
-PAID = RewardConfig(format_bonus=0.2)
+PAID = RewardConfig(structure_format_score=0.2)
+ALL_PAID = RewardConfig(structure_format_score=0.2, final_format_score=0.1, retrieval_score=0.1)
 SEARCH, PASSAGE = "<search>capital of France</search>", "\n\n<information>Doc 1(Title: x) <answer>Paris</answer></information>\n\n"
 
 
@@ -44,7 +45,7 @@ def test_answer_and_match_are_the_intended_ones_of_the_goldens(case: dict) -> No
     assert graded.parts["exact_match"] == case["intended"]["em"]
     assert graded.parts["answered"] == (answer is not None)
     if case["intended"]["em"]:
-        assert graded.reward == 1.0
+        assert graded.reward == (1.0 if graded.parts["format"] else 0.8)
 
 
 ALIKE = {"search_1", "search_2", "search_3", "direct_answer", "answer_contents", "empty_think", "no_action", "ends_on_search"}
@@ -61,14 +62,14 @@ def test_where_spans_make_no_difference_the_format_verdict_is_the_reference_grad
     ("turn", "reward"),
     [
         ("<answer>the Paris!</answer>", 1.0),
-        ("Surely <answer>Paris</answer>", 1.0),
+        ("Surely <answer>Paris</answer>", 0.8),
         ("<answer>Rome</answer>", 0.2),
         ("Surely <answer>Rome</answer>", 0.0),
         ("<answer>Par", 0.0),
         ("<answer></answer>", 0.2),
     ],
 )
-def test_the_table_of_rewards(turn: str, reward: float) -> None:
+def test_a_format_score_is_earned_by_a_wrong_answer_and_lost_by_a_right_one(turn: str, reward: float) -> None:
     assert grade(trajectory_of([("model", SEARCH), ("observation", PASSAGE), ("model", turn)], ["Paris"]), PAID).reward == reward
 
 
@@ -78,7 +79,76 @@ def test_without_a_bonus_only_a_match_is_paid() -> None:
 
 def test_an_answer_in_a_passage_is_not_the_models() -> None:
     graded = grade(trajectory_of([("model", SEARCH), ("observation", PASSAGE), ("model", "I do not know.")], ["Paris"]), PAID)
-    assert graded == (0.0, {"exact_match": 0.0, "format": 0.0, "searches": 1.0, "answered": 0.0})
+    assert graded.reward == 0.0
+    assert graded.parts == {
+        "exact_match": 0.0,
+        "sub_match": 0.0,
+        "f1": 0.0,
+        "format": 0.0,
+        "retrieval": 1.0,
+        "searches": 1.0,
+        "answered": 0.0,
+    }
+    assert graded.parts.keys() == BUILT_IN
+
+
+@pytest.mark.parametrize(
+    ("passage", "turn", "reward"),
+    [
+        ("Paris", "<answer>Paris</answer>", 1.0),
+        ("Rome", "<answer>Paris</answer>", 1.0),
+        ("Paris", "So <answer>Paris</answer>", 0.8),
+        ("Paris", "<answer>Rome</answer>", 0.2 + 0.1),
+        ("Rome", "<answer>Rome</answer>", 0.2),
+        ("Paris", "So <answer>Rome</answer>", 0.1),
+        ("Paris", "I do not know.", 0.0),
+    ],
+)
+def test_every_row_of_the_table(passage: str, turn: str, reward: float) -> None:
+    parts = [("model", SEARCH), ("observation", observation([f'"Capitals"\n{passage} is one.'])), ("model", turn)]
+    assert grade(trajectory_of(parts, ["Paris"]), ALL_PAID).reward == reward
+
+
+@pytest.mark.parametrize(
+    ("match", "answer", "reward"),
+    [
+        ("exact", "Paris, France", 0.2),
+        ("sub", "Paris, France", 1.0),
+        ("f1", "Paris, France", 2 / 3 + 0.2 / 3),
+        ("f1", "Paris", 1.0),
+        ("f1", "Rome", 0.2),
+    ],
+)
+def test_what_is_right_is_configured(match: str, answer: str, reward: float) -> None:
+    config = RewardConfig(match=match, structure_format_score=0.2)  # pyright: ignore[reportArgumentType]
+    graded = grade(trajectory_of([("model", f"<answer>{answer}</answer>")], ["Paris"]), config)
+    assert graded.reward == pytest.approx(reward)
+    assert set(graded.parts) == BUILT_IN, "every part is stored, whichever pays"
+
+
+@pytest.mark.parametrize(
+    ("contents", "golds", "retrieved"),
+    [
+        (['"France"\nIts capital is Paris.'], ["Paris"], True),
+        (['"Paris"\nA city.'], ["Paris"], True),
+        (['"Rome"\nA city.', '"France"\nIts capital is the  PARIS!'], ["Lyon", "Paris"], True),
+        (['"Rome"\nA city.'], ["Paris"], False),
+        (['"Rome"\nA city.'], ["information"], False),
+        (['"Rome"\nA city.'], ["Title"], False),
+        (['"Rome"\nA city.', '"Oslo"\nA city.'], ["Doc 2"], False),
+        (['"Rome"\nA city.'], ["the"], False),
+        (['"Rome"\nA city.'], [], False),
+        ([], ["Paris"], False),
+    ],
+)
+def test_retrieval_is_right_when_a_gold_stands_in_a_passage(contents: list[str], golds: list[str], retrieved: bool) -> None:
+    parts = [("model", SEARCH), ("observation", observation(contents)), ("model", "<answer>Oslo</answer>")]
+    assert grade(trajectory_of(parts, golds), PAID).parts["retrieval"] == retrieved
+
+
+def test_what_the_model_writes_as_retrieved_is_not() -> None:
+    parts = [("model", "<information>Doc 1(Title: x) Paris</information><answer>Rome</answer>")]
+    assert grade(trajectory_of(parts, ["Paris"]), PAID).parts["retrieval"] == 0.0
 
 
 def test_an_answer_split_by_an_observation_is_none() -> None:
@@ -88,10 +158,9 @@ def test_an_answer_split_by_an_observation_is_none() -> None:
 
 def test_a_notice_is_no_search_and_a_turn_it_answers_breaks_the_format() -> None:
     parts = [("model", "Hm."), ("observation", NOTICE), ("model", "<answer>Rome</answer>")]
-    assert grade(trajectory_of(parts, ["Paris"]), PAID) == (
-        0.0,
-        {"exact_match": 0.0, "format": 0.0, "searches": 0.0, "answered": 1.0},
-    )
+    graded = grade(trajectory_of(parts, ["Paris"]), PAID)
+    assert graded.reward == graded.parts["format"] == graded.parts["searches"] == 0.0
+    assert graded.parts["answered"] == 1.0
 
 
 def test_being_asked_for_the_answer_after_the_last_search_keeps_the_format() -> None:

@@ -15,6 +15,7 @@ from services.contract.config import RedisConfig
 from services.contract.grading import GRADE_TASK, grading_queue, send_for_grading
 from services.contract.store import connect
 from services.contract.telemetry import check_heartbeat
+from services.reward.grade import grade
 from tests.factories import make_trajectory
 from tests.reward.conftest import Bench, GradingWorker, wait_until
 
@@ -35,7 +36,7 @@ def test_a_trajectory_is_graded_and_announced(bench: Bench, worker: GradingWorke
     assert [bench.rewards()[f"graded/{sample}"] for sample in (0, 1)] == [1.0, 0.0]
     stored = bench.store.load("graded/0")
     assert stored and stored.reward == 1.0
-    assert stored.reward_parts == {"exact_match": 1.0, "format": 1.0, "searches": 1.0, "answered": 1.0}
+    assert stored.reward_parts == grade(make_trajectory(answer="the Paris!"), bench.config.reward).parts
 
 
 def test_asking_many_times_announces_once(bench: Bench, worker: GradingWorker) -> None:
@@ -69,17 +70,21 @@ def test_poison_does_not_stop_the_queue(bench: Bench, worker: GradingWorker, tas
     assert worker.is_ready()
 
 
-def test_bytes_that_are_no_message_do_not_stop_the_queue(bench: Bench, worker: GradingWorker) -> None:
-    bench.broker.lpush(grading_queue("test"), b'{"body": "!", "headers": {}, "properties": {"delivery_info": {}}}')
-    settle(bench, "after-bytes")
+@pytest.mark.parametrize(
+    "message",
+    [
+        b'{"body": "!", "headers": {}, "properties": {"delivery_info": {}}}',
+        b'{"body": "!"}',
+        b"[1, 2]",
+        b"3",
+        b"\xff\xfe no JSON",
+        b"",
+    ],
+)
+def test_bytes_that_are_no_message_do_not_stop_the_queue(bench: Bench, worker: GradingWorker, message: bytes) -> None:
+    bench.broker.lpush(grading_queue("test"), message)
+    settle(bench, f"after-{message.hex()}")
     assert worker.is_ready()
-
-
-def test_a_trajectory_that_cannot_be_read_is_told_once_and_dropped(bench: Bench, worker: GradingWorker) -> None:
-    bench.store.client.set(bench.store.keys.trajectory("torn/0"), b"\x81\xa2id\xa1x")
-    send_for_grading(bench.app, "torn/0")
-    settle(bench, "after-torn")
-    assert worker.output().count("torn/0 cannot be read and stays ungraded") == 1
 
 
 def test_what_was_released_meanwhile_is_a_debug_line(bench: Bench, worker: GradingWorker) -> None:
@@ -124,10 +129,26 @@ def run_to_the_end(environment: dict[str, str], config: Path, seconds: float = 2
 
 def test_a_mistake_in_the_configuration_stops_the_start(tmp_path: Path) -> None:
     config = tmp_path / "run.toml"
-    config.write_text("[reward]\nformat_bonus = 2.0\n")
+    config.write_text("[reward]\nfinal_format_score = 2.0\n")
     ended = run_to_the_end({}, config)
     assert ended.returncode == 1
-    assert "reward.format_bonus must be below reward.correct" in ended.stderr and "Traceback" not in ended.stderr
+    assert "reward.final_format_score must be below reward.correct" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_a_reward_function_that_cannot_be_used_stops_the_start(bench: Bench, tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text('[reward]\nfunction = "nowhere:reward"\n')
+    ended = run_to_the_end(bench.environment, config)
+    assert ended.returncode == 1
+    assert "reward.function nowhere:reward: cannot import nowhere" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_a_metrics_port_that_is_taken_stops_the_start(bench: Bench, tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text(f"[reward]\nmetrics_port = {bench.server.port}\n")
+    ended = run_to_the_end(bench.environment, config)
+    assert ended.returncode == 1
+    assert "set reward.metrics_port to a free port" in ended.stderr and "Traceback" not in ended.stderr
 
 
 def test_a_redis_that_never_comes_is_one_clear_error_and_an_unhealthy_start(tmp_path: Path) -> None:

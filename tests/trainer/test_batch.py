@@ -9,6 +9,7 @@ import pytest
 import redis
 
 from services.contract.config import Config
+from services.contract.grading_tries import GradingTries
 from services.contract.groups import GroupStore, Lease
 from services.contract.messages import Question
 from services.trainer import collect
@@ -90,6 +91,29 @@ def test_within_the_bound_an_older_group_is_trained(store: GroupStore) -> None:
     play_all(store, version=4)
     assert len(batches.next_batch()) == GROUPS
     assert batches.refed == 0
+
+
+def test_a_group_that_the_graders_gave_up_is_replaced_and_what_was_graded_of_it_is_released(store: GroupStore) -> None:
+    batches = make_batches(store, Ledger())
+    batches.feed()
+    first, *others = store.lease("worker", 100, 10)
+    for sample in range(SAMPLES):
+        store.store(make_trajectory(first.group.group_id, sample))
+    store.grade(store.load("t00000000/0"), 1.0, {})
+    store.finish(first)
+    tries = GradingTries(store.client, "test")
+    tries.bury(tries.begin("t00000000/1", 1), "no such judge", 1)
+    for lease in others:
+        store.hand_back(lease)
+    play_all(store, version=0)
+    worker = threading.Timer(0.8, play_all, [store, 0])
+    worker.start()
+    groups = batches.next_batch()
+    worker.join()
+    assert [g.group_id for g in groups] == ["t00000001", "t00000002", "t00000003"]
+    announced = [n.notice.group_id for n in store.read_graded(100, 10, pending_after=b"0")]
+    assert "t00000000" not in announced and len(announced) == GROUPS * SAMPLES
+    store.accounts().check()
 
 
 def test_a_dead_group_is_replaced_by_the_next_question(store: GroupStore) -> None:

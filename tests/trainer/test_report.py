@@ -12,7 +12,9 @@ from tests.factories import make_complete_group
 
 
 def evaluation(label: str, exact_match: float) -> Evaluation:
-    by_source = {"capital": {"exact_match": exact_match, "format": 1.0, "searches": 1.5, "answered": 1.0, "questions": 4}}
+    by_source = {
+        "capital": {"exact_match": exact_match, "f1": 0.5, "format": 1.0, "searches": 1.5, "answered": 1.0, "questions": 4}
+    }
     return Evaluation(label, 1, 0, 4, exact_match, 1.0, 1.5, 1.0, by_source, 10.0)
 
 
@@ -24,9 +26,15 @@ def test_the_table_goes_from_the_first_policy_to_the_last() -> None:
         "capital",
         "4",
         "0 → 25 → 75",
+        "50 → 50 → 50",
         "100 → 100 → 100",
         "1.50 → 1.50 → 1.50",
     ]
+
+
+def test_a_figure_that_was_not_taken_is_a_dash() -> None:
+    (row,) = [line for line in results_table([evaluation("start", 0.0)]).splitlines() if line.startswith("| **all**")]
+    assert [cell.strip() for cell in row.strip("|").split("|")] == ["**all**", "4", "0", "–", "100", "1.50"]
 
 
 def test_a_run_without_evaluations_says_so() -> None:
@@ -44,6 +52,15 @@ def test_a_resumed_journal_drops_what_the_checkpoint_does_not_contain(tmp_path: 
     assert [row["step"] for row in resumed.rows("grpo")] == [1, 2]
     assert [row["step"] for row in resumed.rows("warm_start")] == [1]
     assert all(json.loads(line) for line in resumed.path.read_text().splitlines())
+
+
+def test_the_parts_of_the_reward_are_averaged_over_a_batch() -> None:
+    group = make_complete_group("t0", [1.0, 0.0])
+    first, second = group.trajectories
+    first.reward_parts = {"exact_match": 1.0, "sub_match": 1.0, "f1": 1.0, "retrieval": 1.0}
+    second.reward_parts = {"exact_match": 0.0, "sub_match": 1.0, "f1": 0.5}
+    figures = rollout_metrics([group], version=0)
+    assert (figures["exact_match"], figures["sub_match"], figures["f1"], figures["retrieval"]) == (0.5, 1.0, 0.75, 0.5)
 
 
 def test_batch_figures_count_what_they_say() -> None:

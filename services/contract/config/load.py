@@ -18,7 +18,8 @@ from pydantic import SecretStr, ValidationError, model_validator
 
 from services.contract.config.base import ConfigError, Section
 from services.contract.config.retriever import RetrieverConfig
-from services.contract.config.rollout import RewardConfig, RolloutConfig
+from services.contract.config.reward import RewardConfig
+from services.contract.config.rollout import RolloutConfig
 from services.contract.config.run import DataConfig, ModelConfig, RedisConfig, RunConfig, WeightsConfig
 from services.contract.config.trainer import TrainerConfig
 

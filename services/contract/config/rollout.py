@@ -1,10 +1,10 @@
-"""Settings of the rollout worker, its engine, and the grader."""
+"""Settings of the rollout worker and its engine."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from services.contract.config.base import NonNegative, Positive, Seconds, Section
 
@@ -64,29 +64,3 @@ class RolloutConfig(Section):
     retrieval_retries: NonNegative = 5
     shutdown_grace_s: Seconds = 20
     """After SIGTERM: time to finish running episodes before their groups are handed back."""
-
-
-class RewardConfig(Section):
-    database: Annotated[int, Field(ge=0, le=15)] = 1
-    """Celery's own Redis database number."""
-    concurrency: Positive = 1
-    soft_time_limit_s: Seconds = 20
-    time_limit_s: Seconds = 30
-    correct: float = 1.0
-    """Reward of an exact match."""
-    format_bonus: float = 0.0
-    """Added when the trajectory keeps the format but the answer is wrong."""
-    require_think: bool = False
-    """Whether the format asks for a <think> block in every turn."""
-
-    @model_validator(mode="after")
-    def _limits_in_order(self) -> RewardConfig:
-        if self.soft_time_limit_s >= self.time_limit_s:
-            raise ValueError("reward.soft_time_limit_s must be below reward.time_limit_s")
-        return self
-
-    @model_validator(mode="after")
-    def _right_pays_more(self) -> RewardConfig:
-        if self.format_bonus >= self.correct:
-            raise ValueError("reward.format_bonus must be below reward.correct, or a wrong answer pays as well as a right one")
-        return self
