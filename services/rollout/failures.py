@@ -1,12 +1,12 @@
 """Who is to blame when a sample fails, and what follows.
 
-| class          | what follows                                                                                        |
-|----------------|-----------------------------------------------------------------------------------------------------|
-| infrastructure | `InfrastructureError`: never trained on; the group is played again, `max_attempts` times in all,     |
-|                | then it is dead with its reason                                                                      |
-| data           | any other exception: the group is dead at once, a second try would end alike                         |
-| model          | an ordinary trajectory, stored and graded as it is                                                   |
-| Redis away     | `RedisAway`, after `redis.retry_s`: the worker ends, its leases run out                              |
+| class          | what follows                                                                                     |
+|----------------|--------------------------------------------------------------------------------------------------|
+| infrastructure | `InfrastructureError`: never trained on; the group is played again, `max_attempts` times in all, |
+|                | then it is dead with its reason                                                                  |
+| data           | any other exception: the group is dead at once, a second try would end alike                     |
+| model          | an ordinary trajectory, stored and graded as it is                                               |
+| Redis away     | `RedisAway`, after `redis.retry_s`: the worker ends, its leases run out                          |
 
 Which failure is of which class, inside an episode:
 

