@@ -1,13 +1,12 @@
 """The response of one episode as it grows, turn by turn: ids, log-probs, spans, and the budgets they count against.
 
-Spans are added in order and never changed, so they tile the response by construction. What the engine returned is checked once,
-here, against what came before: an engine that went back to an older policy in the middle of an episode is at fault, not the model.
+Spans are added in order and never changed, so they tile the response by construction. That a turn fits together in itself is
+the engine's client's to check; here it is held against what came before: an engine that went back to an older policy is at fault.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from services.contract.messages import Sampling, Span, VersionSpan
 from services.rollout.engine import Generation
@@ -52,8 +51,8 @@ class Response:
         return "length" if self.sampling.max_response_tokens <= self.context - len(self.prompt_ids) else "context"
 
     def add_turn(self, turn: Generation, text: str, seconds: float) -> None:
-        """What the model wrote. Raises EngineError when its log-probs or versions cannot be right."""
-        self._check(turn)
+        """What the model wrote. Raises EngineError when its policy is older than one that wrote before it."""
+        self.version = self._newest_version(turn)
         start = len(self.response_ids)
         self.response_ids += turn.ids
         self.logprobs += turn.logprobs
@@ -72,10 +71,10 @@ class Response:
         end, latency_s = start + len(ids), passages.latency_s
         self.spans.append(Span("observation", start, end, text, query=query, passages=passages.refs, latency_s=latency_s))
 
-    def _check(self, turn: Generation) -> None:
-        if len(turn.logprobs) != len(turn.ids) or not all(map(math.isfinite, turn.logprobs)):
-            raise EngineError(f"the engine's {len(turn.logprobs)} log-probs of {len(turn.ids)} tokens cannot be right")
+    def _newest_version(self, turn: Generation) -> int:
+        newest = self.version
         for span in turn.versions:
-            if span.version < self.version:
-                raise EngineError(f"the engine went back from policy version {self.version} to {span.version} within an episode")
-            self.version = span.version
+            if span.version < newest:
+                raise EngineError(f"the engine went back from policy version {newest} to {span.version} within an episode")
+            newest = span.version
+        return newest
