@@ -40,9 +40,9 @@ def fit_observation(contents: Sequence[str], layout: Layout, encode: Encode, lim
         ids = encode(observation(contents[:shown], layout))
         if len(ids) <= limit:
             return ids, shown
-    cut = _beginning(contents[0], lambda text: len(encode(observation([text], layout))) <= limit) if contents else ""
-    shown = [cut] if cut else []
-    return encode(observation(shown, layout)), len(shown)
+    best = _beginning(contents[0], lambda text: len(encode(observation([text], layout))) <= limit) if contents else ""
+    cut = [best] if best else []
+    return encode(observation(cut, layout)), len(cut)
 
 
 def _beginning(text: str, fits: Callable[[str], bool]) -> str:
@@ -51,12 +51,11 @@ def _beginning(text: str, fits: Callable[[str], bool]) -> str:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(text[:middle]) else (low, middle)
-    beginning = text[:low]
-    words = _whole_words(beginning)
-    return words if words and fits(words) else beginning
+    words = text[: _word_end(text, low)]
+    return words if fits(words) else text[:low]  # a shorter text may, rarely, have a token more
 
 
-def _whole_words(text: str) -> str:
-    """`text` up to its last white space; "" when that is so far back that the text has no words."""
-    space = max(text.rfind(space) for space in " \n\t")
-    return text[:space] if space >= len(text) - LONGEST_WORD else ""
+def _word_end(text: str, end: int) -> int:
+    """The last place up to `end` where a word ends; `end` itself when there is none near."""
+    space = max(text.rfind(space, 0, end + 1) for space in " \n\t")
+    return space if space > max(0, end - LONGEST_WORD) else end

@@ -42,6 +42,22 @@ def test_a_script_without_spaces_is_cut_between_characters(smollm2_codec: Codec)
     assert text.endswith(CLOSE) and "東京は日本" in text and "\ufffd" not in text
 
 
+@pytest.mark.parametrize("limit", [14, 15, 16, 20, 40, 80])
+def test_what_has_no_spaces_is_shown_as_far_as_it_fits(smollm2_codec: Codec, limit: int) -> None:
+    passage = "ab" * 300
+    ids, shown = fit(smollm2_codec, [passage], limit)
+    text = smollm2_codec.decode(ids).partition("Title: ")[2].partition(")")[0]
+    assert shown == 1 and passage.startswith(text) and len(ids) <= limit
+    assert len(smollm2_codec.encode(observation([passage[: len(text) + 1]]))) > limit, "one character more would not fit"
+
+
+def test_a_word_that_ends_where_the_limit_is_stays(smollm2_codec: Codec) -> None:
+    words = '"France"\nThe capital is Paris.'
+    limit = len(smollm2_codec.encode(observation([words])))
+    ids, _ = fit(smollm2_codec, [words + " " + "It lies on the Seine. " * 20], limit)
+    assert smollm2_codec.decode(ids) == observation([words])
+
+
 def test_when_not_a_character_fits_the_empty_observation_stands(smollm2_codec: Codec) -> None:
     assert fit(smollm2_codec, [LONG], 1) == (smollm2_codec.encode(observation([])), 0)
 
