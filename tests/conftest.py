@@ -8,11 +8,15 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import redis
 
 from services.contract.redis_binary import redis_binary
+
+if TYPE_CHECKING:
+    from services.contract.codec import Codec
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -75,3 +79,12 @@ def redis_client(redis_url: str) -> Iterator[redis.Redis]:
     client = connect(RedisConfig(url=redis_url, retry_s=30))
     yield client
     client.close()
+
+
+@pytest.fixture(scope="session")
+def smollm2_codec() -> Codec:
+    """A real tokenizer of 49,152 tokens, the quickstart's; taking it out of its package costs some seconds once a session."""
+    from services.contract.codec import Codec
+    from services.prepare.models import smollm2_tokenizer
+
+    return Codec(smollm2_tokenizer())

@@ -23,14 +23,21 @@ class Codec:
         return cls(AutoTokenizer.from_pretrained(folder))
 
     def prompt(self, prompt: list[dict[str, str]] | str) -> list[int]:
-        """Chat messages through the model's template, open for the assistant; plain text with the model's special tokens."""
+        """Chat messages through the model's template, open for the assistant; plain text with the model's special tokens.
+
+        Special tokens written out in a prompt become their ids: a prompt is the run's own. Raises ValueError when the model has no
+        chat template.
+        """
         if isinstance(prompt, str):
             return list(self._tokenizer(prompt)["input_ids"])
+        if not self._tokenizer.chat_template:
+            raise ValueError("the model's tokenizer has no chat template: set data.chat_template = false")
         rendered = self._tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
         return list(rendered["input_ids"])
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        """Text as text: a special token written out in it (``<|im_end|>`` in a passage) never becomes the special id."""
+        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

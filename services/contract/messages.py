@@ -15,6 +15,8 @@ from typing import Literal, get_args
 
 import msgspec
 
+from services.contract.transcript import Layout
+
 Purpose = Literal["train", "eval"]
 Status = Literal["completed", "truncated", "aborted", "failed"]
 SpanKind = Literal["model", "observation"]
@@ -25,7 +27,7 @@ class InvalidMessage(ValueError):
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How the episodes of a group are played. Lengths are in tokens."""
+    """How the episodes of a group are played: `[rollout]` as it was when the group was fed. Lengths in tokens, times in seconds."""
 
     temperature: float
     top_p: float
@@ -33,16 +35,30 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     max_response_tokens: int
     max_observation_tokens: int
     max_searches: int
+    """Turns that may search; one more, in which only an answer counts, follows them."""
     topk: int
+    max_invalid_actions: int = 0
+    """The episode ends with so many; 0: only with its turns."""
+    episode_deadline_s: float = 0.0
+    """Time the engine may spend on one episode; 0: no limit."""
+    slow_engine_tokens_per_s: float = 0.0
+    """Below this rate an episode that is late was played by a slow engine."""
+    layout: Layout = Layout()
 
 
-class Question(msgspec.Struct, frozen=True):
+class Question(msgspec.Struct, frozen=True, omit_defaults=True):
     """One row of a question file. `source` names the kind of question, `id` is unique within it."""
 
     id: str
     source: str
     question: str
     golden_answers: list[str]
+    prompt: list[dict[str, str]] | str | None = None
+    """Used instead of `data.instruction`, as chat messages (Search-R1's rows have it so) or as the user's text."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompt, list) and not all({"role", "content"} <= message.keys() for message in self.prompt):
+            raise InvalidMessage(f"{self.example_id}: a message of its prompt has no role or no content")
 
     @property
     def example_id(self) -> str:
@@ -80,6 +96,8 @@ class VersionSpan(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PassageRef(msgspec.Struct, frozen=True, array_like=True):
+    """A passage shown in an observation; its text stands there. "" and 0 where the retriever tells no id or score."""
+
     id: str
     score: float
 
@@ -109,7 +127,7 @@ class Trajectory(msgspec.Struct, omit_defaults=True):
     spans: list[Span]
     status: Status
     stop_reason: str
-    """answered, no_answer, length, context, aborted (see services/rollout/episode.py)."""
+    """answered, no_answer, invalid_limit, length, context, deadline, aborted (see services/rollout/episode.py)."""
     temperature: float
     prompt_text: str = ""
     """`prompt_ids` as text, special tokens included."""

@@ -140,6 +140,7 @@ def demonstration_step(config: Config) -> Step:
         "think": think,
         "seed": seed,
         "topk": config.rollout.topk,
+        "layout": list(config.rollout.layout),
         "encoder_family": config.retriever.encoder_family,
         "index_factory": config.retriever.index_factory,
         "corpus": sha256(data.corpus_path),
@@ -149,7 +150,8 @@ def demonstration_step(config: Config) -> Step:
 
     def make(out: Path) -> None:
         with _retriever(config) as retrieve:
-            write_demonstrations(out, factbook_questions(data.corpus_countries, held_out=False), retrieve, count, think, seed)
+            questions = factbook_questions(data.corpus_countries, held_out=False)
+            write_demonstrations(out, questions, retrieve, count, think, seed, config.rollout.layout)
 
     return Step("demonstrations", path, inputs, make)
 

@@ -17,7 +17,7 @@ import msgspec
 
 from services.contract.messages import Demonstration, Segment
 from services.contract.telemetry import Progress
-from services.contract.transcript import observation
+from services.contract.transcript import SEARCH_R1, Layout, observation
 from services.prepare.errors import PrepareError
 from services.prepare.questions import FactQuestion
 from services.prepare.retrieval import Found
@@ -28,13 +28,19 @@ Retrieve = Callable[[Sequence[str]], list[list[Found]]]
 
 
 def write_demonstrations(
-    path: Path, questions: Sequence[FactQuestion], retrieve: Retrieve, count: int, think: bool, seed: int
+    path: Path,
+    questions: Sequence[FactQuestion],
+    retrieve: Retrieve,
+    count: int,
+    think: bool,
+    seed: int,
+    layout: Layout = SEARCH_R1,
 ) -> None:
     """`count` demonstrations, fewer with a warning if the questions give no more. Raises PrepareError if they give none."""
     made: list[tuple[str, Demonstration]] = []
     with Progress("demonstrations", total=count, unit="examples") as bar:
         for batch in _batches(take_turns(questions, seed), count):
-            for question, demonstration in _demonstrate(batch, retrieve, think):
+            for question, demonstration in _demonstrate(batch, retrieve, think, layout):
                 if demonstration and len(made) < count:
                     made.append((question.question.source, demonstration))
                     bar.advance()
@@ -71,21 +77,24 @@ def _batches(questions: Sequence[FactQuestion], size: int) -> Iterator[Sequence[
 
 
 def _demonstrate(
-    batch: Sequence[FactQuestion], retrieve: Retrieve, think: bool
+    batch: Sequence[FactQuestion], retrieve: Retrieve, think: bool, layout: Layout
 ) -> Iterator[tuple[FactQuestion, Demonstration | None]]:
     answers = iter(retrieve([hop.query for question in batch for hop in question.hops]))
     for question in batch:
-        yield question, demonstrate(question, [next(answers) for _ in question.hops], think)
+        yield question, demonstrate(question, [next(answers) for _ in question.hops], think, layout)
 
 
-def demonstrate(asked: FactQuestion, found: Sequence[Sequence[Found]], think: bool) -> Demonstration | None:
+def demonstrate(
+    asked: FactQuestion, found: Sequence[Sequence[Found]], think: bool, layout: Layout = SEARCH_R1
+) -> Demonstration | None:
     """The worked example, or None when a hop's gold passage is not among what was found for it."""
     segments: list[Segment] = []
     for hop, passages in zip(asked.hops, found, strict=True):
         if hop.passage not in {passage.id for passage in passages}:
             return None
         search = _think(f"I look for {hop.purpose}.", think) + f"<search>{hop.query}</search>"
-        segments += [Segment("model", search), Segment("observation", observation([p.contents for p in passages]))]
+        shown = observation([passage.contents for passage in passages], layout)
+        segments += [Segment("model", search), Segment("observation", shown)]
     answer = asked.question.golden_answers[0]
     closing = _think(f"The passages say that it is {answer}.", think) + f"<answer>{answer}</answer>"
     segments.append(Segment("model", closing))

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from services.contract.messages import Status, Trajectory
-from services.contract.transcript import last_answer, shown_passages
+from services.contract.transcript import Layout, last_answer, shown_passages
 
 
 class Passage(NamedTuple):
@@ -37,24 +37,24 @@ class Episode:
     """Searches that the retriever answered."""
     status: Status
     stop_reason: str
-    """Why it ended: answered, no_answer, length, context."""
+    """Why it ended: answered, no_answer, invalid_limit, length, context, deadline."""
     reward: float = 0.0
     """What the built-in rules give."""
     parts: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     """exact_match, sub_match, f1, format, retrieval and answered from 0 to 1; searches as a count."""
 
 
-def episode_of(trajectory: Trajectory) -> Episode:
+def episode_of(trajectory: Trajectory, layout: Layout) -> Episode:
     """Without `reward` and `parts`, which `grade` fills in."""
     turns = tuple(span.text for span in trajectory.spans if span.kind == "model")
-    observed = [span.text for span in trajectory.spans if span.kind == "observation"]
+    observed = [span.text for span in trajectory.spans if span.kind == "observation" and span.query is not None]
     return Episode(
         id=trajectory.id,
         source=trajectory.source,
         question=trajectory.question,
         golden_answers=tuple(trajectory.golden_answers),
         turns=turns,
-        passages=tuple(Passage(title.strip('"'), text) for shown in observed for title, text in shown_passages(shown)),
+        passages=tuple(Passage(title.strip('"'), text) for shown in observed for title, text in shown_passages(shown, layout)),
         answer=last_answer(turns),
         searches=trajectory.searches,
         status=trajectory.status,

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from services.contract.config import RewardConfig
 from services.contract.messages import Trajectory
+from services.contract.transcript import SEARCH_R1, Layout
 from services.reward import legacy
 from services.reward.episode import Episode, episode_of
 from services.reward.format import keeps_format
@@ -41,12 +42,12 @@ class Grade(NamedTuple):
     """exact_match, sub_match, f1, format, retrieval, answered from 0 to 1; searches as a count; those of legacy or function."""
 
 
-def grade(trajectory: Trajectory, config: RewardConfig, function: Function | None = None) -> Grade:
-    """The same trajectory earns the same every time, unless a `function` decides otherwise.
+def grade(trajectory: Trajectory, config: RewardConfig, function: Function | None = None, layout: Layout = SEARCH_R1) -> Grade:
+    """The same trajectory earns the same every time, unless a `function` decides otherwise. `layout` is how passages were shown.
 
     Raises UngradableTrajectory when legacy rules are asked for and the prompt's text is not there, and what `function` raises.
     """
-    episode = episode_of(trajectory)
+    episode = episode_of(trajectory, layout)
     parts = built_in_parts(episode, config.require_think)
     if config.legacy:
         verdict = legacy.judge(trajectory, config.match)

@@ -99,7 +99,7 @@ class Grader:
             return None
         if not trajectory.golden_answers and self.function is None:
             logger.warning("%s has no golden answers: no answer can match", trajectory.id)
-        return grade(trajectory, self.config.reward, self.function)
+        return grade(trajectory, self.config.reward, self.function, self.config.rollout.layout)
 
     def _try_again(self, attempt: Try, reason: str, failure: Failure) -> Outcome:
         if attempt.number >= self.config.reward.max_tries:

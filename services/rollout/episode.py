@@ -1,30 +1,35 @@
 """One search episode, top to bottom: generate a turn; search, answer or be told; again.
 
 Token in, token out: each turn is sampled from the prompt's ids and all response ids so far, and the ids that come back are
-kept as they are. What is observed is tokenized on its own and appended.
+kept as they are, also those that run on behind a closing tag. What is observed is tokenized on its own and appended.
 
-| stop_reason | status    | the episode ended because                                                         |
-|-------------|-----------|-----------------------------------------------------------------------------------|
-| answered    | completed | a turn held a whole answer block                                                  |
-| no_answer   | completed | the turns ran out: max_searches + 2, of which the last can only answer            |
-| length      | truncated | a turn reached max_turn_tokens, or the response max_response_tokens               |
-| context     | truncated | prompt and response fill the model's context                                      |
-| aborted     | aborted   | the engine broke the turn off; for the worker to play again, not to train on      |
+| stop_reason    | the episode ended because                                                     | status    | trained on |
+|----------------|-------------------------------------------------------------------------------|-----------|------------|
+| answered       | a turn held a whole answer block                                              | completed | yes        |
+| no_answer      | the turns ran out: `max_searches` that may search, one that can only answer   | completed | yes        |
+| invalid_limit  | `max_invalid_actions` turns held no usable action                             | completed | yes        |
+| length         | a turn reached max_turn_tokens, or the response max_response_tokens           | truncated | yes        |
+| context        | prompt and response fill the model's context                                  | truncated | yes        |
+| deadline       | the engine, which was not slow, spent `episode_deadline_s` on what was written | truncated | yes       |
+| aborted        | the engine broke a turn off; the worker plays the sample again                | aborted   | never      |
+| infrastructure | engine or retriever failed, or the engine was slow (failures.py): raised as   | not       | never      |
+|                | `InfrastructureError`, and the worker plays the sample again                  | stored    |            |
 
-A failing engine or retriever raises `InfrastructureError` and leaves no trajectory.
+The policy may change during an episode: it goes on, and its tokens carry the versions that the engine reported.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from services.contract import transcript
 from services.contract.codec import Codec
-from services.contract.messages import PromptGroup, Sampling, Span, Status, Trajectory, VersionSpan
+from services.contract.messages import PromptGroup, Sampling, Status, Trajectory
 from services.rollout.engine import Generation
+from services.rollout.failures import EngineError
+from services.rollout.response import NOTHING_FOUND, Response
 from services.rollout.retrieval import Passages
 from services.rollout.tokens import fit_observation
 
@@ -33,12 +38,13 @@ Generate = Callable[[list[int], Sampling, int], Awaitable[Generation]]
 Retrieve = Callable[[str, int], Awaitable[Passages | None]]
 """(query, topk) -> passages, or None for a query that cannot be used."""
 
-NOTHING_FOUND = Passages([], [])
 STATUS: dict[str, Status] = {
     "answered": "completed",
     "no_answer": "completed",
+    "invalid_limit": "completed",
     "length": "truncated",
     "context": "truncated",
+    "deadline": "truncated",
     "aborted": "aborted",
 }
 
@@ -53,59 +59,21 @@ class Player(NamedTuple):
     """Tokens of prompt and response together."""
 
 
-@dataclasses.dataclass
-class Episode:
-    """The response so far. Spans are added in order, so they tile it by construction."""
-
-    prompt_ids: list[int]
-    sampling: Sampling
-    context: int
-    response_ids: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    spans: list[Span] = dataclasses.field(default_factory=list)
-    searches: int = 0
-    answer: str | None = None
-    generate_s: float = 0.0
-    retrieve_s: float = 0.0
-
-    @property
-    def room(self) -> int:
-        """Tokens that may still be added."""
-        return min(self.sampling.max_response_tokens, self.context - len(self.prompt_ids)) - len(self.response_ids)
-
-    @property
-    def room_ends_by(self) -> str:
-        """Which limit is met first as the response grows."""
-        return "length" if self.sampling.max_response_tokens <= self.context - len(self.prompt_ids) else "context"
-
-    def add_turn(self, turn: Generation, text: str, seconds: float) -> None:
-        start = len(self.response_ids)
-        self.response_ids += turn.ids
-        self.logprobs += turn.logprobs
-        versions = [VersionSpan(v.version, start + v.start, start + v.end) for v in turn.versions]
-        if turn.ids:
-            self.spans.append(Span("model", start, start + len(turn.ids), text, versions, latency_s=seconds))
-
-    def add_observation(self, ids: list[int], text: str, query: str | None = None, passages: Passages = NOTHING_FOUND) -> None:
-        start = len(self.response_ids)
-        self.response_ids += ids
-        self.logprobs += [0.0] * len(ids)
-        end, latency_s = start + len(ids), passages.latency_s
-        self.spans.append(Span("observation", start, end, text, query=query, passages=passages.refs, latency_s=latency_s))
-
-
 async def play_episode(group: PromptGroup, sample: int, prompt_ids: list[int], player: Player) -> Trajectory:
-    """Play one sample of `group` to its end. `prompt_ids` must leave room in the context (see `tokens.prompt_ids`)."""
+    """Play one sample of `group` to its end. `prompt_ids` must leave room in the context (see `tokens.prompt_ids`).
+
+    Raises InfrastructureError when a part of the suite fails, ValueError when the group itself cannot be played.
+    """
     started = time.monotonic()
-    episode = Episode(prompt_ids, group.sampling, player.context)
-    stop_reason = await _play(episode, player)
+    response = Response(prompt_ids, group.sampling, player.context, group.issued_version)
+    stop_reason = await _play(response, player)
     return Trajectory(
         id=f"{group.group_id}/{sample}",
         group_id=group.group_id,
         prompt_ids=prompt_ids,
-        response_ids=episode.response_ids,
-        logprobs=episode.logprobs,
-        spans=episode.spans,
+        response_ids=response.response_ids,
+        logprobs=response.logprobs,
+        spans=response.spans,
         status=STATUS[stop_reason],
         stop_reason=stop_reason,
         temperature=group.sampling.temperature,
@@ -113,77 +81,87 @@ async def play_episode(group: PromptGroup, sample: int, prompt_ids: list[int], p
         question=group.question,
         source=group.source,
         golden_answers=group.golden_answers,
-        answer=episode.answer,
+        answer=response.answer,
         timings={
-            "generate_s": episode.generate_s,
-            "retrieve_s": episode.retrieve_s,
+            "generate_s": response.generate_s,
+            "retrieve_s": response.retrieve_s,
             "total_s": time.monotonic() - started,
         },
         attempt=group.attempt,
     )
 
 
-async def _play(episode: Episode, player: Player) -> str:
+async def _play(response: Response, player: Player) -> str:
     """Turn by turn; returns the stop reason."""
-    last_turn = episode.sampling.max_searches + 1
-    for turn in range(last_turn + 1):
-        if episode.room <= 0:
-            return episode.room_ends_by
-        text, finish = await _generate_turn(episode, player)
+    for searches_left in range(response.sampling.max_searches, -1, -1):  # this turn's included; at 0 only an answer counts
+        if response.room <= 0:
+            return response.filled_by
+        if _is_late(response):
+            return "deadline"
+        text, finish = await _generate_turn(response, player)
         if finish == "abort":
             return "aborted"
         action = transcript.parse_action(text)  # before looking at `finish`: the last token that was allowed may close the block
         if action and action.kind == "answer":
-            episode.answer = action.content
+            response.answer = action.content
             return "answered"
         if action is None and finish == "length":
-            return "length" if episode.room > 0 else episode.room_ends_by
-        if turn == last_turn:
-            break
-        if not await _respond(episode, action, player):
-            return episode.room_ends_by
+            return "length" if response.room > 0 else response.filled_by
+        response.invalid_actions += action is None
+        if response.sampling.max_invalid_actions and response.invalid_actions >= response.sampling.max_invalid_actions:
+            return "invalid_limit"
+        if searches_left and not await _respond(response, action, searches_left, player):
+            return response.filled_by
     return "no_answer"
 
 
-async def _generate_turn(episode: Episode, player: Player) -> tuple[str, str]:
-    """Sample one turn within the budgets. Returns its text and how it finished."""
-    started = time.monotonic()
-    limit = min(episode.sampling.max_turn_tokens, episode.room)
-    turn = await player.generate(episode.prompt_ids + episode.response_ids, episode.sampling, limit)
-    seconds = time.monotonic() - started
-    text = player.codec.decode(turn.ids)
-    episode.add_turn(turn, text, seconds)
-    episode.generate_s += seconds
-    return text, turn.finish
+def _is_late(response: Response) -> bool:
+    """Whether the engine has spent the time for one episode, by the model's doing. Raises EngineError when by the engine's.
 
-
-async def _respond(episode: Episode, action: transcript.Action | None, player: Player) -> bool:
-    """Append what the model gets to see after a turn without an answer. False: it does not fit any more."""
-    if action is None:
-        return _tell(episode, transcript.NOTICE, player)
-    if episode.searches >= episode.sampling.max_searches:
-        return _tell(episode, transcript.ANSWER_ONLY_NOTICE, player)
-    return await _search(episode, action.content, player)
-
-
-def _tell(episode: Episode, notice: str, player: Player) -> bool:
-    ids = player.codec.encode(notice)
-    if len(ids) > episode.room:
+    Looked at between turns: a turn is bounded by its tokens, and by `request_timeout_s` if the engine hangs. Time spent on
+    searches does not count, it is the retriever's. In doubt the engine is blamed: what it slowed down is played again.
+    """
+    sampling, seconds = response.sampling, response.generate_s
+    if not sampling.episode_deadline_s or seconds < sampling.episode_deadline_s:
         return False
-    episode.add_observation(ids, player.codec.decode(ids))
+    if response.sampled < seconds * sampling.slow_engine_tokens_per_s:
+        raise EngineError(f"the engine is slow: it sampled {response.sampled} tokens of an episode in {seconds:.0f} s")
     return True
 
 
-async def _search(episode: Episode, query: str, player: Player) -> bool:
+async def _generate_turn(response: Response, player: Player) -> tuple[str, str]:
+    """Sample one turn within the budgets. Returns its text and how it finished."""
+    started = time.monotonic()
+    limit = min(response.sampling.max_turn_tokens, response.room)
+    turn = await player.generate(response.ids, response.sampling, limit)
+    text = player.codec.decode(turn.ids)
+    response.add_turn(turn, text, time.monotonic() - started)
+    return text, turn.finish
+
+
+async def _respond(response: Response, action: transcript.Action | None, searches_left: int, player: Player) -> bool:
+    """Append what the model gets to see after a turn without an answer. False: it does not fit any more."""
+    if action is None:
+        return _tell(response, transcript.NOTICE if searches_left > 1 else transcript.ANSWER_ONLY_NOTICE, player)
+    return await _search(response, action.content, player)
+
+
+def _tell(response: Response, notice: str, player: Player) -> bool:
+    ids = player.codec.encode(notice)
+    if len(ids) > response.room:
+        return False
+    response.add_observation(ids, player.codec.decode(ids))
+    return True
+
+
+async def _search(response: Response, query: str, player: Player) -> bool:
     """Append the passages. A blank query, or one the retriever cannot use, finds nothing and is no answered search."""
-    found = await player.retrieve(query, episode.sampling.topk) if query else None
+    found = await player.retrieve(query, response.sampling.topk) if query else None
     passages = found or NOTHING_FOUND
-    limit = min(episode.sampling.max_observation_tokens, episode.room)
-    ids, shown = fit_observation(passages.contents, player.codec.encode, limit)
-    if len(ids) > episode.room:
+    limit = min(response.sampling.max_observation_tokens, response.room)
+    ids, shown = fit_observation(passages.contents, response.sampling.layout, player.codec.encode, limit)
+    if len(ids) > response.room:
         return False
     visible = Passages(passages.contents[:shown], passages.refs[:shown], passages.latency_s)
-    episode.add_observation(ids, player.codec.decode(ids), query if found else None, visible)
-    episode.searches += found is not None
-    episode.retrieve_s += passages.latency_s
+    response.add_observation(ids, player.codec.decode(ids), query if found else None, visible)
     return True

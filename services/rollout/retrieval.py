@@ -1,5 +1,8 @@
 """Asks the retriever for passages, in Search-R1's shape: ``POST /retrieve {"queries", "topk", "return_scores"}``.
 
+Ours answers it, and so do Search-R1's own servers: passages come as ``{"document": {"contents", …}, "score"}``, from its web
+search without a score, from slime's server bare. What FAISS fills up with when an index has too few rows is left out.
+
 | the retriever                       | what follows                                                        |
 |-------------------------------------|---------------------------------------------------------------------|
 | answers                             | the passages                                                        |
@@ -25,6 +28,8 @@ from services.rollout.failures import RetrieverError
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
 UNUSABLE_QUERY, TOO_MANY = 422, 429
+FILLED_UP = -1e38
+"""FAISS gives -3.4e38 to the places it cannot fill; Search-R1's server then shows the corpus's last passage there."""
 
 
 class Passages(msgspec.Struct, frozen=True):
@@ -42,14 +47,18 @@ class _Document(msgspec.Struct):
 
 class _Hit(msgspec.Struct):
     document: _Document
-    score: float
+    score: float = 0.0
 
 
-class _Answer(msgspec.Struct):
+class _Scored(msgspec.Struct):
     result: list[list[_Hit]]
 
 
-_decode = msgspec.json.Decoder(_Answer).decode
+class _Bare(msgspec.Struct):
+    result: list[list[_Document]]
+
+
+_decode_scored, _decode_bare = msgspec.json.Decoder(_Scored).decode, msgspec.json.Decoder(_Bare).decode
 
 
 class _TryAgain(Exception):
@@ -111,11 +120,24 @@ class Retriever:
 
     def _read(self, body: bytes, latency_s: float) -> Passages:
         try:
-            (hits,) = _decode(body).result
+            hits = read_hits(body)
         except (msgspec.DecodeError, ValueError) as error:
             raise RetrieverError(f"{self._url} gave an answer that cannot be read ({error}): {body[:200]!r}") from None
         refs = [PassageRef(_name(hit.document.id), hit.score) for hit in hits]
         return Passages([hit.document.contents for hit in hits], refs, latency_s)
+
+
+def read_hits(body: bytes) -> list[_Hit]:
+    """The passages of the one query that was asked, best first. Raises msgspec.DecodeError or ValueError."""
+    try:
+        (hits,) = _decode_scored(body).result
+    except msgspec.ValidationError as error:
+        try:
+            (documents,) = _decode_bare(body).result
+        except msgspec.ValidationError:
+            raise error from None  # of the two shapes, the one that was asked for
+        hits = [_Hit(document) for document in documents]
+    return [hit for hit in hits if hit.score > FILLED_UP]
 
 
 def pause_before_retry(attempt: int, asked_s: float) -> float:

@@ -14,6 +14,7 @@ from services.contract.messages import (
     InvalidMessage,
     PassageRef,
     PromptGroup,
+    Question,
     Span,
     Trajectory,
     VersionSpan,
@@ -22,6 +23,7 @@ from services.contract.messages import (
     decode_trajectory,
     encode,
 )
+from services.contract.transcript import Layout
 from tests.factories import make_group, make_sampling, make_trajectory
 
 LOGPROB = st.floats(min_value=-40, max_value=0, allow_nan=False)
@@ -189,3 +191,43 @@ def test_a_groups_trajectories_are_named_after_it() -> None:
 def test_a_dead_letter_survives_the_wire() -> None:
     letter = DeadLetter("t0", "train", "the retriever answers 500", 3)
     assert decode_dead(encode(letter)) == letter
+
+
+def test_a_group_written_before_episodes_had_limits_and_layouts_is_still_read() -> None:
+    body = msgspec.msgpack.decode(encode(make_group()))
+    old = {"temperature", "top_p", "max_turn_tokens", "max_response_tokens", "max_observation_tokens", "max_searches", "topk"}
+    body["sampling"] = {name: value for name, value in body["sampling"].items() if name in old}
+    assert decode_group(encode(body)) == make_group()
+
+
+def test_a_group_survives_the_wire_with_its_layout() -> None:
+    group = make_group(sampling=make_sampling(layout=Layout("{text}", "({passages})"), max_invalid_actions=2))
+    assert decode_group(encode(group)).sampling == group.sampling
+
+
+SEARCH_R1_ROW = {
+    "id": "train_0",
+    "question": "who wrote it",
+    "golden_answers": ["Ann"],
+    "source": "nq",  # theirs is called data_source
+    "prompt": [{"role": "user", "content": "Answer the given question. Question: who wrote it?\n"}],
+    "ability": "fact-reasoning",
+    "reward_model": {"style": "rule", "ground_truth": {"target": ["Ann"]}},
+    "extra_info": {"split": "train", "index": 0},
+    "metadata": None,
+}
+
+
+def test_a_row_of_search_r1_keeps_its_prompt() -> None:
+    question = msgspec.json.decode(msgspec.json.encode(SEARCH_R1_ROW), type=Question)
+    assert (question.example_id, question.prompt) == ("nq:train_0", SEARCH_R1_ROW["prompt"])
+
+
+def test_a_question_without_a_prompt_of_its_own_is_written_without_one() -> None:
+    assert b"prompt" not in msgspec.json.encode(Question("1", "nq", "who?", ["Ann"]))
+
+
+def test_a_prompt_whose_message_lacks_a_role_is_refused() -> None:
+    row = msgspec.json.encode(SEARCH_R1_ROW | {"prompt": [{"content": "who?"}]})
+    with pytest.raises(msgspec.ValidationError, match="nq:train_0: a message of its prompt has no role"):
+        msgspec.json.decode(row, type=Question)

@@ -14,10 +14,13 @@ from services.contract.config import DataConfig
 from services.contract.transcript import (
     ANSWER_ONLY_NOTICE,
     NOTICE,
+    SEARCH_R1,
     STOPS,
     TAGS,
+    Layout,
     build_prompt,
     last_answer,
+    layout_problems,
     neutralise_tags,
     observation,
     parse_action,
@@ -125,6 +128,69 @@ def test_a_turn_stops_where_an_action_closes() -> None:
     assert STOPS == ["</search>", "</answer>"]
 
 
+CHAT = [{"role": "user", "content": "Find it. Question: who?"}]
+OWN_SYSTEM = [{"role": "system", "content": "Be kind."}, *CHAT]
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("own", "system", "chat", "prompt"),
+    [
+        (CHAT, None, True, CHAT),
+        (CHAT, "Be brief.", True, [SYSTEM, *CHAT]),
+        (OWN_SYSTEM, "Be brief.", True, OWN_SYSTEM),
+        ("Find it.", None, True, [{"role": "user", "content": "Find it."}]),
+        (CHAT, None, False, "Find it. Question: who?"),
+        (OWN_SYSTEM, "Be brief.", False, "Be kind.\n\nFind it. Question: who?"),
+        ("Find it.", "Be brief.", False, "Be brief.\n\nFind it."),
+        ([], None, False, "Q: who?"),
+    ],
+)
+def test_a_rows_own_prompt_takes_the_place_of_the_instruction(
+    own: list[dict[str, str]] | str, system: str | None, chat: bool, prompt: list[dict[str, str]] | str
+) -> None:
+    assert build_prompt("who?", "Q: {question}", system, chat, own) == prompt
+
+
+def test_a_layout_of_ones_own_shapes_the_observation() -> None:
+    layout = Layout("[{number}] {title}: {text}\n", "\nFound:\n{passages}\nEnd.\n")
+    assert observation(["A\nfirst", "B\nsecond"], layout) == "\nFound:\n[1] A: first\n[2] B: second\nEnd.\n"
+    assert observation([], layout) == "\nFound:\n\nEnd.\n"
+
+
+@given(st.lists(st.sampled_from(["{text}", "{title}", "{number}", "{passages}", "{", "}", "x"]), max_size=6).map("".join))
+def test_a_passage_that_holds_placeholders_is_shown_as_it_is(text: str) -> None:
+    shown = f"Doc 1(Title: {text}) {text}".strip()
+    assert observation([f"{text}\n{text}"]) == f"\n\n<information>{shown}</information>\n\n"
+
+
+@given(st.lists(CORPUS_TEXT, max_size=5))
+def test_no_corpus_can_speak_as_the_model_in_a_layout_that_joins_title_and_text(pieces: list[str]) -> None:
+    seen = observation(["\n".join(pieces), *pieces], Layout("{title}{text}", "<information>{passages}</information>"))
+    assert TAG.findall(seen) == ["<information>", "</information>"]
+
+
+def test_the_default_layout_has_no_problem() -> None:
+    assert layout_problems(Layout()) == [] and Layout() == SEARCH_R1
+
+
+@pytest.mark.parametrize(
+    ("layout", "problem"),
+    [
+        (Layout(passage="{title}"), "no {text}"),
+        (Layout(passage="{text}{id}"), "not {id}"),
+        (Layout(passage="<search>{text}</search>"), "tag of the protocol"),
+        (Layout(whole="nothing"), "{passages} once"),
+        (Layout(whole="{passages}{number}"), "no other placeholder"),
+        (Layout(whole="<answer>{passages}</answer>"), "only the model may write"),
+        (Layout(whole="<{passages}"), "angle brackets"),
+        (Layout(whole="{passages}/search>"), "angle brackets"),
+    ],
+)
+def test_a_layout_that_cannot_be_used_is_told(layout: Layout, problem: str) -> None:
+    assert any(problem in found for found in layout_problems(layout))
+
+
 def test_the_prompt_holds_the_question_in_the_form_asked_for() -> None:
     instruction, question = DataConfig().instruction, " Who {wrote} it? "
     user = instruction.replace("{question}", "Who {wrote} it?")
@@ -161,3 +227,17 @@ def test_what_was_shown_is_read_back(passages: list[tuple[str, str]], quoted: bo
 )
 def test_odd_observations_are_read_as_far_as_they_go(observed: str, shown: list) -> None:
     assert shown_passages(observed) == shown
+
+
+@pytest.mark.parametrize(
+    ("layout", "shown"),
+    [
+        (Layout("[{number}] {text} ({title})\n", "\n<information>{passages}</information>\n"), [("", "A b. (T)"), ("", "C. (U)")]),
+        (Layout("{title}: {text}\n", "{passages}"), [('"T"', "A b."), ('"U"', "C.")]),
+        (Layout("- {text};\n", "found\n{passages}\nend"), [("", "A b."), ("", "C.")]),
+        (Layout("{text}\n", "<information>{passages}</information>"), [("", "A b.\nC.")]),
+    ],
+)
+def test_what_was_shown_is_read_back_from_other_layouts(layout: Layout, shown: list[tuple[str, str]]) -> None:
+    observed = observation(['"T"\nA b.', '"U"\nC.'], layout).replace('("T")', "(T)").replace('("U")', "(U)")
+    assert shown_passages(observed, layout) == shown

@@ -165,3 +165,10 @@ def test_recall_is_reported_by_kind_and_hop(directory: Path, retriever: StandInR
     capital = next(line.split() for line in report.splitlines() if line.startswith("capital "))
     assert float(capital[-1]) > 0.9
     assert any(line.split()[:2] == ["two_hop_capital_by_highest_point", "2"] for line in report.splitlines())
+
+
+def test_demonstrations_show_passages_in_the_layout_of_the_rollout(directory: Path, retriever: StandInRetriever) -> None:
+    before = make(directory, retriever)
+    made = make(directory, retriever, rollout={"passage_template": "({number}) {title}: {text}\n"})
+    observed = [segment.text for each in made for segment in each.segments if segment.kind == "observation"]
+    assert all(text.startswith("\n\n<information>(1) ") for text in observed) and len(made) == len(before)

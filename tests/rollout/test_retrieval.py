@@ -75,7 +75,7 @@ def test_a_wrong_address_fails_at_once(retriever: StandInRetriever, status: int)
     assert len(retriever.requests) == 1
 
 
-@pytest.mark.parametrize("body", [b"<html>", b'{"result": []}', b'{"result": [[{"id": "1", "contents": "no scores"}]]}'])
+@pytest.mark.parametrize("body", [b"<html>", b'{"result": []}', b'{"result": [[{"id": "1", "text": "no contents"}]]}'])
 def test_an_answer_that_cannot_be_read_fails_at_once(retriever: StandInRetriever, body: bytes) -> None:
     retriever.body = body
     with pytest.raises(RetrieverError, match="cannot be read"):

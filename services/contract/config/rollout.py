@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from services.contract.config.base import NonNegative, Positive, Seconds, Section
+from services.contract.transcript import SEARCH_R1, Layout, layout_problems
 
 
 class EngineConfig(Section):
@@ -51,9 +52,25 @@ class RolloutConfig(Section):
     max_response_tokens: Positive = 1024
     """Tokens of the whole response, observations included."""
     max_observation_tokens: Positive = 400
+    """Passages that do not fit are left out from the worst up; the closing tag always stands."""
+    turn_semantics: Literal["search-r1", "slime"] = "search-r1"
+    """How turns are counted. `search-r1`: `max_searches` turns that may search, then one that can only answer. `slime`:
+    `max_turns` turns in all; the last one's search finds nobody who reads it."""
     max_searches: NonNegative = 3
-    """Searches that are answered; after the last one the model gets one answer-only turn."""
+    """A turn without a usable action takes the place of a search."""
+    max_turns: Positive | None = None
+    """Only with `turn_semantics = "slime"`."""
+    max_invalid_actions: NonNegative = 0
+    """An episode ends with so many turns that hold no usable action. 0: the turns are the only limit."""
+    episode_deadline_s: Annotated[float, Field(ge=0)] = 0.0
+    """An episode on which the engine has spent so long ends with its present turn, truncated. 0: no limit."""
+    slow_engine_tokens_per_s: Annotated[float, Field(gt=0)] = 1.0
+    """A late episode that was sampled more slowly than this is the engine's fault: it is played again, not trained on."""
     topk: Positive = 3
+    passage_template: str = SEARCH_R1.passage
+    """How one passage is shown; may hold {number}, {title} and must hold {text}."""
+    observation_template: str = SEARCH_R1.whole
+    """What is appended after a search; {passages} stands for the passages."""
     lease_s: Seconds = 60
     """A group whose worker has shown no sign of life for so long is claimed by another worker."""
     group_deadline_s: Seconds = 1800
@@ -64,3 +81,41 @@ class RolloutConfig(Section):
     retrieval_retries: NonNegative = 5
     shutdown_grace_s: Seconds = 20
     """After SIGTERM: time to finish running episodes before their groups are handed back."""
+
+    @property
+    def searches(self) -> int:
+        """Turns that may search, whichever way they are counted."""
+        return self.max_searches if self.max_turns is None else self.max_turns - 1
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.passage_template, self.observation_template)
+
+    @model_validator(mode="after")
+    def _turns_are_counted_one_way(self) -> RolloutConfig:
+        slime = self.turn_semantics == "slime"
+        if slime and self.max_turns is None:
+            raise ValueError('rollout.turn_semantics = "slime" needs rollout.max_turns: set it (slime\'s own value is 2)')
+        if not slime and self.max_turns is not None:
+            raise ValueError('rollout.max_turns counts only with rollout.turn_semantics = "slime": set that, or set max_searches')
+        if slime and "max_searches" in self.model_fields_set:
+            raise ValueError('rollout.max_searches does not count with rollout.turn_semantics = "slime": take it out')
+        return self
+
+    @model_validator(mode="after")
+    def _observations_can_be_written(self) -> RolloutConfig:
+        if problems := layout_problems(self.layout):
+            raise ValueError("rollout.passage_template, rollout.observation_template: " + "; ".join(problems))
+        return self
+
+    @model_validator(mode="after")
+    def _a_deadline_can_be_met(self) -> RolloutConfig:
+        deadline, rate = self.episode_deadline_s, self.slow_engine_tokens_per_s
+        if deadline >= self.group_deadline_s:
+            raise ValueError("rollout.episode_deadline_s must be below rollout.group_deadline_s, which would end the group first")
+        if deadline * rate > self.max_response_tokens:
+            raise ValueError(
+                "rollout.episode_deadline_s can never end an episode: at rollout.slow_engine_tokens_per_s the response is full "
+                "before; lower one of the two"
+            )
+        return self
