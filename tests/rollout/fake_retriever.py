@@ -14,7 +14,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-STATE: dict[str, Any] = {"hold": False, "waiting": 0, "requests": 0, "delay_s": 0.0}
+STATE: dict[str, Any] = {"hold": False, "waiting": 0, "requests": 0, "delay_s": 0.0, "contents": ""}
 COUNTING = threading.Lock()
 CONTENTS = '"France"\nThe capital is Paris.'
 
@@ -42,7 +42,7 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(0.02)
         with COUNTING:
             STATE["waiting"] -= 1
-        hits = [{"document": {"id": f"p{i}", "contents": CONTENTS}, "score": 0.9 - i / 10} for i in range(request["topk"])]
+        hits = [{"document": {"id": f"p{i}", "contents": STATE["contents"]}, "score": 0.9 - i / 10} for i in range(request["topk"])]
         self._reply({"result": [hits for _ in request["queries"]]})
 
     def _reply(self, body: dict[str, Any]) -> None:
@@ -59,7 +59,11 @@ class Handler(BaseHTTPRequestHandler):
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
-    server = ThreadingHTTPServer(("127.0.0.1", parser.parse_args().port), Handler)
+    parser.add_argument("--length", type=int, default=0, help="characters that every passage is filled up to")
+    arguments = parser.parse_args()
+    STATE["contents"] = CONTENTS + " and so on" * ((arguments.length - len(CONTENTS)) // 10)
+    ThreadingHTTPServer.request_queue_size = 1024
+    server = ThreadingHTTPServer(("127.0.0.1", arguments.port), Handler)
     server.daemon_threads = True
     server.serve_forever()
 
