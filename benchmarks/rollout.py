@@ -129,9 +129,7 @@ async def run_flight(parts: Parts, groups: int) -> None:
         wall, cpu = clock.wall, clock.cpu
     played = len(trajectories(store, sent))
     ideal = played / episodes * len(turns) * turn_s
-    print(
-        f"{played} of {len(sent) * SAMPLES} episodes finished in {wall:.1f} s, at most {most} in flight, worker CPU {cpu / wall:.0%}"
-    )
+    print(f"{played} of {len(sent) * SAMPLES} episodes finished in {wall:.1f} s, {most} in flight, worker CPU {cpu / wall:.0%}")
     print(f"{ideal / wall:.2f} x the engine's own rate of {played / ideal:.0f} episodes/s")
 
 

@@ -38,13 +38,12 @@ async def run_update(parts: Parts, rounds: int) -> None:
     finally:
         await engine.stop()
     pause = sum(shares["in_place"]) / len(shares["in_place"])
-    print(
-        f"in place {sum(rates['in_place']) / sum(rates['drain']):.2f} x the tokens/s of draining; paused {pause:.0%} of an update"
-    )
+    gained = sum(rates["in_place"]) / sum(rates["drain"])
+    print(f"in place {gained:.2f} x the tokens/s of draining; paused {pause:.0%} of an update")
 
 
 async def under_load(engine: OwnEngine, parts: Parts, root: Path) -> tuple[float, float]:
-    """Tokens/s over a few updates, and the share of an update that is spent in the engine's hands (pause to resume, or the drain)."""
+    """Tokens/s over a few updates, and the share of an update that the engine takes (pause to resume, or the drain)."""
     tokens = 0
     sampling = Sampling(1.0, 1.0, TURN_TOKENS, TURN_TOKENS, 1, 0, 1)
 
