@@ -92,10 +92,14 @@ class EnginePool:
         return f"{ready[0]}, {len(ready)} of {len(words)} engines serve" if ready else "starting: no engine answers yet"
 
     async def look(self) -> None:
-        """Look at the engines' loads again and again, until cancelled."""
+        """Look at the engines' loads again and again, until cancelled; a slow one holds up no other."""
+        await asyncio.gather(*(self._look_at(member) for member in self.members))
+
+    async def _look_at(self, member: Member) -> None:
         while True:
-            await asyncio.gather(*(member.look() for member in self.members if member.serves))
-            self._changed.set()
+            if member.serves:
+                await member.look()
+                self._changed.set()
             await asyncio.sleep(LOOK_S)
 
     async def can_play(self, version: int) -> bool:

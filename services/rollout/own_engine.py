@@ -21,7 +21,7 @@ START_PROBE_S = 0.5
 class OwnEngine(Engine):
     def __init__(self, config: Config, log: Path, name: str = "engine") -> None:
         super().__init__(config.rollout, name)
-        self.run, self._log = config, log
+        self.run_config, self._log = config, log
         self._process: EngineProcess | None = None
 
     @property
@@ -35,7 +35,7 @@ class OwnEngine(Engine):
     async def start(self, model: str, version: int) -> None:
         """Start the server with `model` as `version`; returns once it has answered a generation. Raises EngineStartError."""
         started = time.monotonic()
-        self._process = EngineProcess.spawn(self.run, model, version, self._log)
+        self._process = EngineProcess.spawn(self.run_config, model, version, self._log)
         self.url = self._process.url
         self._open()
         try:

@@ -195,8 +195,9 @@ class Worker:
         missing = self.store.missing_samples(group)
         if (stored := group.samples - len(missing)) < LEAST_OF_A_GROUP:
             return None
+        ids = prompt_ids(group, self.player.codec, self.player.context)
         for sample in missing:
-            self._keep(failed_sample(group, sample), lease)
+            self._keep(failed_sample(group, sample, ids), lease)
         return stored if self.store.finish(lease) else None
 
     async def _fail(self, lease: Lease, reason: str) -> None:
@@ -247,12 +248,12 @@ class Worker:
             logger.info("handed back %d groups", sum(back))
 
 
-def failed_sample(group: PromptGroup, sample: int) -> Trajectory:
-    """What stands for a sample that was not there in time: not a token, so there is nothing in it to train on."""
+def failed_sample(group: PromptGroup, sample: int, ids: list[int]) -> Trajectory:
+    """What stands for a sample that was not there in time: no token after the prompt `ids`, so nothing in it to train on."""
     return Trajectory(
         id=f"{group.group_id}/{sample}",
         group_id=group.group_id,
-        prompt_ids=[],
+        prompt_ids=ids,
         response_ids=[],
         logprobs=[],
         spans=[],

@@ -75,7 +75,7 @@ async def test_a_turn_at_its_limit_finishes_with_length(served: OwnEngine, codec
 
 
 async def test_the_last_token_of_a_full_context_can_be_sampled(served: OwnEngine, codec: Codec) -> None:
-    prompt = ([10, 20, 30, 40] * 200)[: usable_context(served.run) - 4]
+    prompt = ([10, 20, 30, 40] * 200)[: usable_context(served.run_config) - 4]
     turn = await served.generate(prompt, make_sampling(), 4)
     assert len(turn.ids) == 4
 
