@@ -60,7 +60,7 @@ def search_turns(codec: Codec, tokens: int) -> list[list[int]]:
 
 async def run_cpu(parts: Parts, groups: int) -> None:
     """Budget: 4 ms a trajectory with two searches and 1,500 tokens."""
-    parts.simulate(search_turns(parts.codec, 150), turn_s=0.05, passage=160)
+    parts.simulate(search_turns(parts.codec, 150), turn_s=0.05, passage=200)
     config = parts.configure(concurrency=64, least_concurrency=64)
     store, board = parts.streams(config)
     sent = [make_group(index, SAMPLES) for index in range(groups or 60)]

@@ -127,12 +127,17 @@ class AttachedEngine(Engine):
         if not left_paused and await self.reported_version() == str(version):
             self.version = version
             return
-        pause = left_paused or self.config.update_mode == "in_place"
-        if pause:
-            await self._run(self.board.note_pause, self.url, self.worker)
-        await self._update(model, version, pause)
-        if pause:
-            await self._run(self.board.note_resume, self.url)
+        # Nothing drains from a paused engine; its requests are broken off and played again.
+        mode = "abort" if left_paused and self.config.update_mode == "drain" else self.config.update_mode
+        await self._update(model, version, mode)
+
+    async def pause(self) -> None:
+        await self._run(self.board.note_pause, self.url, self.worker)
+        await super().pause()
+
+    async def resume(self) -> None:
+        await super().resume()
+        await self._run(self.board.note_resume, self.url)
 
     @contextlib.asynccontextmanager
     async def _held(self) -> AsyncIterator[None]:

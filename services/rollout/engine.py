@@ -6,11 +6,11 @@ Log-probs are those of the temperature-scaled distribution, log softmax(logits /
 SGLANG_RETURN_ORIGINAL_LOGPROB must stay unset): a trainer divides its logits by the temperature before it compares.
 Temperature 0 is greedy; its log-probs are those of temperature 1.
 
-| update_mode | running turns                       | a turn's policy | what it costs         | how                                |
-|-------------|-------------------------------------|-----------------|-----------------------|------------------------------------|
-| in_place    | go on where they stand, by the new  | one or both     | their KV, built anew  | pause (`retract`), load, resume    |
-| abort       | are thrown away and played again    | one             | the tokens they had   | load, with every request aborted   |
-| drain       | are finished by the old one first   | one             | slots that stand idle | load, which waits for its readers  |
+| update_mode | running turns                       | a turn's policy | what it costs         | how                              |
+|-------------|-------------------------------------|-----------------|-----------------------|----------------------------------|
+| in_place    | go on where they stand, by the new  | one or both     | their KV, built anew  | pause (`retract`), load, resume  |
+| abort       | are thrown away and played again    | one             | the tokens they had   | pause, abort all, load, resume   |
+| drain       | are finished by the old one first   | one             | slots that stand idle | wait for the last, then as abort |
 
 SGLang has a pause mode of its own called `in_place`. It keeps the running requests' KV, so that new weights would attend to
 keys and values of the old ones; and a load that flushes the cache fails under it. `retract` drops that KV and computes it
@@ -19,6 +19,7 @@ anew from the tokens, so every token after the swap has the new policy's log-pro
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from typing import Any
@@ -36,6 +37,7 @@ __all__ = ["Engine", "EngineGone", "EngineLoad", "EngineRefused", "EngineUnable"
 CONTROL_TIMEOUT_S = 300
 """For pause, load and resume: loading reads a whole model from the volume."""
 QUESTION_TIMEOUT_S = 30
+DRAIN_LOOK_S = 0.05
 REFUSED, UNKNOWN_PATH = 400, 404
 HARMLESS_TOKEN = 1
 """Any id of the vocabulary does for a health check."""
@@ -89,6 +91,8 @@ class Engine:
         self.last_answer = 0.0
         """time.monotonic() of the last answered generation: a busy engine needs no health check."""
         self._session: aiohttp.ClientSession | None = None
+        self._under_way = 0
+        """Turns that this worker waits for."""
 
     # -- its life, in the subclasses -----------------------------------------------------------------------------------
 
@@ -120,7 +124,12 @@ class Engine:
             "return_logprob": True,
         }
         base = self.config.engine.router or self.url
-        generation = read_answer(await self._request("POST", base + "/generate", _encode(body)))
+        self._under_way += 1
+        try:
+            answer = await self._request("POST", base + "/generate", _encode(body))
+        finally:
+            self._under_way -= 1
+        generation = read_answer(answer)
         if generation.finish != "abort" and not 0 < len(generation.ids) <= max_new_tokens:
             raise EngineError(f"the engine sampled {len(generation.ids)} tokens where 1 to {max_new_tokens} were asked for")
         self.last_answer = time.monotonic()
@@ -153,28 +162,43 @@ class Engine:
 
         After an error the engine may hold half of each policy: it must not serve until it has been started anew.
         """
-        await self._update(model, version, paused=self.config.update_mode == "in_place")
+        await self._update(model, version, self.config.update_mode)
 
-    async def _update(self, model: str, version: int, paused: bool) -> None:
-        if paused:
-            await self.pause()
-        await self.load(model, version, abort=self.config.update_mode == "abort")
-        if paused:
-            await self.resume()
+    async def _update(self, model: str, version: int, mode: str) -> None:
+        if mode == "drain":
+            await self._drained()
+        await self.pause()
+        if mode != "in_place":
+            await self.abort()
+        await self.load(model, version)
+        await self.resume()
         self.version = version
+
+    async def _drained(self) -> None:
+        """Wait for the turns that are under way, for as long as one may take. Nobody must send new ones (`Member.serves`)."""
+        deadline = time.monotonic() + self.config.request_timeout_s
+        while time.monotonic() < deadline:
+            load = await self.load_figures()
+            if not self._under_way and (load is None or not load.running + load.queued):
+                return
+            await asyncio.sleep(DRAIN_LOOK_S)
 
     async def pause(self) -> None:
         """Stop decoding; running requests go back to the engine's queue and lose their KV, so none of it outlives its policy."""
         await self._post("/pause_generation", {"mode": "retract"}, CONTROL_TIMEOUT_S)
 
-    async def load(self, model: str, version: int, abort: bool = False) -> None:
-        """Load `model` as `version`, drop every cached KV, and see that the engine reports it. Raises EngineError.
+    async def abort(self) -> None:
+        """Break off every request; those of a paused engine are all in its queue and come back at once."""
+        await self._post("/abort_request", {"abort_all": True}, CONTROL_TIMEOUT_S)
 
-        Unless it is paused the engine finishes what it has begun first, or breaks it off with `abort`, and lets nothing new in.
+    async def load(self, model: str, version: int) -> None:
+        """Load `model` as `version` into the paused engine, drop all cached KV, see that it reports it. Raises EngineError.
+
+        Not without a pause: SGLang then waits for its requests too, but counts the last one as running for a moment more,
+        refuses to drop the cache and goes on with new weights on old KV.
         """
-        body = {"model_path": model, "weight_version": str(version), "flush_cache": True, "abort_all_requests": abort}
-        timeout_s = CONTROL_TIMEOUT_S + self.config.request_timeout_s
-        answer = msgspec.json.decode(await self._post("/update_weights_from_disk", body, timeout_s))
+        body = {"model_path": model, "weight_version": str(version), "flush_cache": True}
+        answer = msgspec.json.decode(await self._post("/update_weights_from_disk", body, CONTROL_TIMEOUT_S))
         if not answer.get("success"):
             raise EngineError(f"the engine did not load {model}: {answer.get('message')}")
         if (reported := await self.reported_version()) != str(version):

@@ -47,8 +47,9 @@ class Member:
 
     @property
     def serves(self) -> bool:
-        """Whether it answers, or will as soon as its update is over. A stale one finishes what it has."""
-        return self.watcher.state != "loading"
+        """Whether it may be sent a turn. During an update it queues them, unless it is to be drained first; a stale one
+        finishes what it has."""
+        return self.watcher.state != "loading" and not (self.watcher.state == "paused" and self.config.update_mode == "drain")
 
     def fit_for(self, version: int) -> bool:
         return self.watcher.state in ("ready", "paused") and self.watcher.version >= version

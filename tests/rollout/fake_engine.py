@@ -2,7 +2,7 @@
 
 For what a real engine is too slow for, or cannot be brought to do: dozens of kills, a thousand episodes, a swap in mid-turn.
 It keeps what matters about the real one: a pause holds requests and lets control commands through; a load without a pause
-waits for the requests it has and lets no new ones in; an abort ends them; every token carries the version that wrote it.
+fails while requests run; an abort ends them; every token carries the version that wrote it.
 
     python -m tests.rollout.fake_engine --port 30000 --turns '[[5, 6], [7, 8]]'
 
@@ -30,7 +30,7 @@ class FakeEngine:
         self.spread = 0.0
         """Standard deviation of the logarithm of a turn's time; 0: all alike."""
         self.load_s = 0.0
-        self.hold = self.paused = self.loading = False
+        self.hold = self.paused = False
         self.fail_loads = 0
         self.slots = 10_000
         """Requests decoded together; the others are queued."""
@@ -50,6 +50,7 @@ class FakeEngine:
                 web.post("/generate", self.generate),
                 web.post("/pause_generation", self.pause),
                 web.post("/continue_generation", self.resume),
+                web.post("/abort_request", self.abort),
                 web.post("/update_weights_from_disk", self.update),
                 web.get("/model_info", self.model_info),
                 web.get("/server_info", self.server_info),
@@ -78,7 +79,7 @@ class FakeEngine:
         ids, limit = body["input_ids"], body["sampling_params"]["max_new_tokens"]
         self._queued += 1
         try:
-            await self._until(lambda: not self.paused and not self.loading and len(self._running) < self.slots)
+            await self._until(lambda: not self.paused and len(self._running) < self.slots)
         finally:
             self._queued -= 1
         aborted = asyncio.Event()
@@ -130,25 +131,23 @@ class FakeEngine:
         await self._tell_waiters()
         return _json({})
 
+    async def abort(self, request: web.Request) -> web.Response:
+        self.control.append("abort")
+        for aborted in self._running:
+            aborted.set()
+        await self._tell_waiters()
+        return _json({})
+
     async def update(self, request: web.Request) -> web.Response:
         body = await request.json()
         self.control.append(f"load {body['weight_version']}")
-        self.loading = not self.paused
-        try:
-            if body.get("abort_all_requests"):
-                for aborted in self._running:
-                    aborted.set()
-                await self._tell_waiters()
-            if not self.paused:
-                await self._until(lambda: not self._running)
-            await asyncio.sleep(self.load_s)
-            self.fail_loads -= 1
-            if self.fail_loads >= 0 or not Path(body["model_path"]).is_dir():
-                return _json({"success": False, "message": "the test says so, or no such folder"}, 400)
-            self.version = body["weight_version"]
-        finally:
-            self.loading = False
-            await self._tell_waiters()
+        await asyncio.sleep(self.load_s)
+        self.fail_loads -= 1
+        if self.fail_loads >= 0 or not Path(body["model_path"]).is_dir():
+            return _json({"success": False, "message": "the test says so, or no such folder"}, 400)
+        self.version = body["weight_version"]
+        if self._running and not self.paused:
+            return _json({"success": False, "message": "the cache was not flushed"}, 400)
         return _json({"success": True, "message": ""})
 
     async def model_info(self, request: web.Request) -> web.Response:

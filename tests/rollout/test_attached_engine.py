@@ -202,31 +202,46 @@ async def test_an_engine_that_is_not_there_is_one_clear_error(attach: Attach, mo
     ("mode", "control", "versions"),
     [
         ("in_place", ["pause", "load 1", "resume"], [0, 1]),
-        ("drain", ["load 1"], [0]),
-        ("abort", ["load 1"], []),
+        ("drain", ["pause", "abort", "load 1", "resume"], [0]),
+        ("abort", ["pause", "abort", "load 1", "resume"], []),
     ],
 )
 async def test_what_each_mode_does_to_a_running_turn(
     attach: Attach, fake: FakeEngine, model: Path, mode: str, control: list[str], versions: list[int]
 ) -> None:
-    fake.version, fake.hold = "0", True
+    fake.version = "0"
     engine = attach(mode=mode)
-    fake.hold = False
     await engine.start(str(model), 0)
     fake.hold = True
     turn = generate(engine)
     await until(lambda: len(fake.requests) == 2)  # the first was the health check
     updating = asyncio.create_task(engine.update(str(model), 1))
-    if mode == "in_place":
-        await updating
+    if mode == "drain":
+        await asyncio.sleep(0.3)
+        assert fake.control == [], "the turn is waited for"
     else:
-        await until(lambda: "load 1" in fake.control)
+        await updating
     fake.hold = False
     await fake._tell_waiters()
     await updating
     assert fake.control == control
     assert [span.version for span in (await turn).versions] == versions
     assert ((await turn) == ABORTED) == (mode == "abort")
+
+
+async def test_a_pause_that_a_dead_worker_left_is_ended_also_when_engines_are_to_be_drained(
+    attach: Attach, fake: FakeEngine, board: PolicyBoard, model: Path
+) -> None:
+    fake.version = "0"
+    engine = attach(mode="drain")
+    await engine.start(str(model), 0)
+    fake.hold = True
+    turn = generate(engine)
+    await until(lambda: len(fake.requests) == 2)
+    fake.hold, fake.paused = False, True
+    board.note_pause(engine.url, "dead")
+    await engine.update(str(model), 1)
+    assert not fake.paused and await turn == ABORTED
 
 
 @pytest.mark.asyncio(loop_scope="session")

@@ -141,6 +141,19 @@ async def test_an_episode_stays_with_its_engine_while_that_one_updates() -> None
         assert seat.member is one
 
 
+async def test_an_engine_that_is_to_be_drained_gets_no_turn_during_its_update() -> None:
+    one = member()
+    one.config = CONFIG.model_copy(update={"update_mode": "drain"})
+    pool = EnginePool([one])
+    async with pool.seat(0) as seat:
+        one.watcher.become("paused")
+        asking = asyncio.create_task(seat.generate([1], make_sampling(), 8))
+        await asyncio.sleep(0.05)
+        assert one.engine.calls == 0
+        one.watcher.become("ready", 1)
+        assert await asking == turn()
+
+
 async def test_seats_go_to_the_engine_with_the_most_room_and_wait_when_all_are_full() -> None:
     small, large = member("small"), member("large")
     small.window, large.window = Window(1), Window(2)

@@ -208,12 +208,12 @@ async def test_a_deadline_that_passes_costs_an_attempt(bench: Bench, retriever: 
 
 
 async def test_a_late_group_may_go_on_with_the_samples_it_has(bench: Bench) -> None:
-    sent = group(samples=4, temperature=0.0, deadline_s=3.0)
+    sent = group(samples=4, temperature=0.0, deadline_s=10.0)
     hanging = asyncio.Event()
 
     async def some_hang(input_ids: list[int], sampling: Sampling, limit: int) -> Generation:
         calls.append(1)
-        if len(calls) > 4:
+        if len(calls) > 3:  # the last sample has its passages and never gets an answer
             await hanging.wait()
         return await bench.engine.generate(input_ids, sampling, limit)
 
