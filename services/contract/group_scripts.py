@@ -9,34 +9,76 @@ redis.call('HINCRBY', KEYS[3], 'fed', 1)
 return 1
 """
 
-# KEYS: prompts, states. ARGV: consumer group, entry id, new body, group id. Only the holder of a pending entry may move it.
-REQUEUE = """
-if redis.call('XACK', KEYS[1], ARGV[1], ARGV[2]) == 0 then return 0 end
-redis.call('XDEL', KEYS[1], ARGV[2])
-local id = redis.call('XADD', KEYS[1], '*', 'body', ARGV[3])
-redis.call('HSET', KEYS[2], ARGV[4], 'fed ' .. id)
-return 1
+# Whether a pending entry is this worker's. Another worker may have claimed it, or Redis may have lost the stream.
+_HOLDS = """
+local function holds(prompts, consumers, id, worker)
+  local reply = redis.pcall('XPENDING', prompts, consumers, id, id, 1)
+  return not reply.err and reply[1] and reply[1][2] == worker
+end
+local function take_off(prompts, consumers, id, worker)
+  if not holds(prompts, consumers, id, worker) then return false end
+  redis.call('XACK', prompts, consumers, id)
+  redis.call('XDEL', prompts, id)
+  return true
+end
 """
 
-# KEYS: prompts, states. ARGV: consumer group, entry id, group id, samples.
-FINISH = """
-if redis.call('XACK', KEYS[1], ARGV[1], ARGV[2]) == 0 then return 0 end
-redis.call('XDEL', KEYS[1], ARGV[2])
-redis.call('HSET', KEYS[2], ARGV[3], 'finished ' .. ARGV[4])
-return 1
+# KEYS: prompts. ARGV: consumer group, worker, entry ids... Returns those that are still the worker's.
+REFRESH = (
+    _HOLDS
+    + """
+local held = {}
+for i = 3, #ARGV do
+  if holds(KEYS[1], ARGV[1], ARGV[i], ARGV[2]) then
+    redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[i], 'JUSTID')
+    table.insert(held, ARGV[i])
+  end
+end
+return held
+"""
+)
+
+# KEYS: trajectory, states. ARGV: body, group id, the state that the group must be in ('' for any).
+# A trajectory that came after its group was released, buried or handed on would never be deleted by anyone.
+STORE = """
+if ARGV[3] ~= '' and redis.call('HGET', KEYS[2], ARGV[2]) ~= ARGV[3] then return 0 end
+return redis.call('SET', KEYS[1], ARGV[1], 'NX') and 1 or 0
 """
 
-# KEYS: prompts, states, dead, counters, graded_samples, trajectories... ARGV: consumer group, entry id, group id, letter.
-DIE = """
-if redis.call('XACK', KEYS[1], ARGV[1], ARGV[2]) == 0 then return 0 end
-redis.call('XDEL', KEYS[1], ARGV[2])
-redis.call('HDEL', KEYS[2], ARGV[3])
-redis.call('HDEL', KEYS[5], ARGV[3])
-redis.call('XADD', KEYS[3], '*', 'body', ARGV[4])
+# KEYS: prompts, states. ARGV: consumer group, entry id, worker, new body, group id. Only the holder of an entry may move it.
+REQUEUE = (
+    _HOLDS
+    + """
+if not take_off(KEYS[1], ARGV[1], ARGV[2], ARGV[3]) then return 0 end
+local id = redis.call('XADD', KEYS[1], '*', 'body', ARGV[4])
+redis.call('HSET', KEYS[2], ARGV[5], 'fed ' .. id)
+return 1
+"""
+)
+
+# KEYS: prompts, states. ARGV: consumer group, entry id, worker, group id, samples.
+FINISH = (
+    _HOLDS
+    + """
+if not take_off(KEYS[1], ARGV[1], ARGV[2], ARGV[3]) then return 0 end
+redis.call('HSET', KEYS[2], ARGV[4], 'finished ' .. ARGV[5])
+return 1
+"""
+)
+
+# KEYS: prompts, states, dead, counters, graded_samples, trajectories... ARGV: consumer group, entry id, worker, group id, letter.
+DIE = (
+    _HOLDS
+    + """
+if not take_off(KEYS[1], ARGV[1], ARGV[2], ARGV[3]) then return 0 end
+redis.call('HDEL', KEYS[2], ARGV[4])
+redis.call('HDEL', KEYS[5], ARGV[4])
+redis.call('XADD', KEYS[3], '*', 'body', ARGV[5])
 redis.call('HINCRBY', KEYS[4], 'dead', 1)
 for i = 6, #KEYS do redis.call('DEL', KEYS[i]) end
 return 1
 """
+)
 
 # KEYS: trajectory, graded, graded_samples, its grading. ARGV: the body that was graded, the body with its reward, notice, group id.
 GRADE = """

@@ -4,7 +4,8 @@
 |-----------|------------------------------------------|------------------------------------------------------------------------|
 | fed       | a worker reads it (`lease`)              | it waits in the stream                                                 |
 | leased    | the worker refreshes it (`refresh`)      | idle for `lease_s`: another worker claims it, plays the missing samples |
-| stored    | `store`, once per trajectory             | a second attempt finds it there and is discarded                       |
+| stored    | `store`, once per trajectory             | a second attempt finds it there and is discarded; one that comes after |
+|           |                                          | its group was handed on, buried or released is refused                 |
 | finished  | `finish`, when every sample is stored    | the lease runs out; the claimer finds all stored and finishes          |
 | graded    | `grade`, once per trajectory             | Celery delivers the task again; the second time changes nothing        |
 | collected | the trainer read it, nothing is acknowledged | a new trainer reads its pending entries again                      |
@@ -51,6 +52,7 @@ class Lease(msgspec.Struct, frozen=True):
 
     entry_id: bytes
     group: PromptGroup
+    worker: str
 
 
 class Graded(msgspec.Struct, frozen=True):
@@ -89,6 +91,7 @@ class GroupStore:
         self._feed, self._requeue, self._finish = register(scripts.FEED), register(scripts.REQUEUE), register(scripts.FINISH)
         self._die, self._grade, self._release = register(scripts.DIE), register(scripts.GRADE), register(scripts.RELEASE)
         self._accounts, self._collect = register(scripts.ACCOUNTS), register(scripts.COLLECT)
+        self._store, self._refresh = register(scripts.STORE), register(scripts.REFRESH)
         self.ensure_streams()
 
     def ensure_streams(self) -> None:
@@ -116,29 +119,34 @@ class GroupStore:
     def lease(self, worker: str, count: int, block_ms: int) -> list[Lease]:
         """New groups for this worker; waits up to `block_ms`."""
         reply = self._read(self.keys.prompts, ROLLOUT_GROUP, worker, ">", count, block_ms)
-        return [Lease(entry_id, decode_group(fields[b"body"])) for entry_id, fields in reply]
+        return [Lease(entry_id, decode_group(fields[b"body"]), worker) for entry_id, fields in reply]
 
     def claim(self, worker: str, lease_s: float, count: int) -> list[Lease]:
         """Groups whose worker has shown no sign of life for `lease_s` seconds; they are this worker's now."""
-        arguments = {"min_idle_time": int(lease_s * 1000), "count": count}
-        _, entries, *_ = self._with_streams(lambda: self.client.xautoclaim(self.keys.prompts, ROLLOUT_GROUP, worker, **arguments))
-        return [Lease(entry_id, decode_group(fields[b"body"])) for entry_id, fields in entries if fields]
+        idle_ms, name = int(lease_s * 1000), self.keys.prompts
+        silent = self._with_streams(lambda: self.client.xpending_range(name, ROLLOUT_GROUP, "-", "+", count, idle=idle_ms))
+        if not silent:
+            return []
+        # XCLAIM looks at the idle time once more, so two that saw the same entry do not both get it.
+        entries = self.client.xclaim(name, ROLLOUT_GROUP, worker, idle_ms, [entry["message_id"] for entry in silent])
+        return [Lease(entry_id, decode_group(fields[b"body"]), worker) for entry_id, fields in entries if fields]
 
     def refresh(self, worker: str, leases: list[Lease]) -> set[bytes]:
         """Say that these groups are still being played. Returns the entry ids that are still this worker's."""
         if not leases:
             return set()
-        mine = self.client.xpending_range(self.keys.prompts, ROLLOUT_GROUP, "-", "+", 100_000, consumername=worker)
-        held = {entry["message_id"] for entry in mine} & {lease.entry_id for lease in leases}
-        if held:
-            self.client.xclaim(self.keys.prompts, ROLLOUT_GROUP, worker, 0, sorted(held), justid=True)
-        return held
+        return set(self._refresh([self.keys.prompts], [ROLLOUT_GROUP, worker, *(lease.entry_id for lease in leases)]))
 
-    def store(self, trajectory: Trajectory) -> bool:
-        """Keep a finished trajectory. False: another attempt was first; this one is discarded."""
+    def store(self, trajectory: Trajectory, lease: Lease | None = None) -> bool:
+        """Keep a finished trajectory. False: another attempt was first, or the group is no longer played under `lease`.
+
+        Any worker that has held the lease may store while the group is being played: what it has finished need not be
+        played again. Without a lease nothing but the first attempt is looked at (for tools that put trajectories in place).
+        """
         # Read back before it is kept: `grade` compares bytes, and an int where a float belongs would come back as other bytes.
         body = encode(decode_trajectory(encode(trajectory)))
-        return bool(self.client.set(self.keys.trajectory(trajectory.id), body, nx=True))
+        state = b"fed " + lease.entry_id if lease else b""
+        return bool(self._store([self.keys.trajectory(trajectory.id), self.keys.states], [body, trajectory.group_id, state]))
 
     def missing_samples(self, group: PromptGroup) -> list[int]:
         """Which samples of the group have no stored trajectory yet."""
@@ -147,8 +155,9 @@ class GroupStore:
 
     def finish(self, lease: Lease) -> bool:
         """Every sample is stored: give up the lease. False: it was not this worker's any more, or the trainer has the group."""
-        keys = [self.keys.prompts, self.keys.states]
-        return bool(self._finish(keys, [ROLLOUT_GROUP, lease.entry_id, lease.group.group_id, lease.group.samples]))
+        group = lease.group
+        arguments = [ROLLOUT_GROUP, lease.entry_id, lease.worker, group.group_id, group.samples]
+        return bool(self._finish([self.keys.prompts, self.keys.states], arguments))
 
     def hand_back(self, lease: Lease) -> bool:
         """Put the group back for another worker, without counting an attempt."""
@@ -164,9 +173,8 @@ class GroupStore:
         return self.bury(lease, reason)
 
     def _put_back(self, lease: Lease, group: PromptGroup) -> bool:
-        return bool(
-            self._requeue([self.keys.prompts, self.keys.states], [ROLLOUT_GROUP, lease.entry_id, encode(group), group.group_id])
-        )
+        arguments = [ROLLOUT_GROUP, lease.entry_id, lease.worker, encode(group), group.group_id]
+        return bool(self._requeue([self.keys.prompts, self.keys.states], arguments))
 
     def bury(self, lease: Lease, reason: str) -> bool:
         """Move the group to `dead`, with its reason; what it had stored is deleted."""
@@ -174,7 +182,7 @@ class GroupStore:
         letter = DeadLetter(group.group_id, group.purpose, reason, group.attempt)
         names = [keys.prompts, keys.states, keys.dead, keys.counters, keys.graded_samples]
         names += [keys.trajectory(i) for i in group.trajectory_ids()]
-        return bool(self._die(names, [ROLLOUT_GROUP, lease.entry_id, group.group_id, encode(letter)]))
+        return bool(self._die(names, [ROLLOUT_GROUP, lease.entry_id, lease.worker, group.group_id, encode(letter)]))
 
     # -- the grader ----------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,18 @@
 
 The trainer sets `staged` when a version lies on the volume whole, and `current` when every live engine has verified it (or the
 grace ran out). An engine whose heartbeat key expired counts for nothing and holds no version from being deleted.
+
+An engine that several workers are attached to is updated by one of them at a time, the one that holds it:
+
+| hold              | note of a pause | what it means                                 | moved on by                             |
+|-------------------|-----------------|-----------------------------------------------|-----------------------------------------|
+| free              | none            | the engine serves                             | a worker holds it, to update it         |
+| held, renewed     | none            | it is about to be updated, and serves         | the holder: notes the pause             |
+| held, renewed     | there           | it may be paused                              | the holder: resumes, takes the note off |
+| expired           | none            | the holder died before it paused              | the next holder updates                 |
+| expired or let go | there           | the holder died in a pause, or a load failed  | the next holder pauses, loads, resumes  |
+
+So a pause ends with the life of its worker: another one that is attached, or the same one when it is back, ends it.
 """
 
 from __future__ import annotations
@@ -22,6 +34,13 @@ from services.contract.store import Keys
 
 EngineState = Literal["loading", "ready", "paused", "stale"]
 ALIVE_S = 20
+_HOLD = """
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+_LET_GO = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end"
 """An engine that has not reported for so long counts as gone."""
 
 
@@ -43,6 +62,15 @@ class EngineReport(msgspec.Struct, frozen=True):
     """Versions whose files it may still open."""
     tensor_parallel: int = 1
     worker: str = ""
+    in_flight: int = 0
+    """Episodes that the worker is playing on it."""
+    limit: int = 0
+    """How many it may play at present."""
+    running: int = 0
+    """Requests being decoded, of all workers; as the engine said last."""
+    queued: int = 0
+    kv_use: float = 0.0
+    """Share of the KV cache that running requests hold."""
 
 
 class PolicyBoard:
@@ -51,6 +79,7 @@ class PolicyBoard:
     def __init__(self, client: redis.Redis, run: str) -> None:
         self.client: Any = client  # redis-py types every answer as sync or async
         self.keys = Keys(run)
+        self._hold, self._let_go = client.register_script(_HOLD), client.register_script(_LET_GO)
 
     def stage(self, version: PolicyVersion) -> None:
         self.client.hset(self.keys.policy, "staged", msgspec.json.encode(version))
@@ -80,11 +109,31 @@ class PolicyBoard:
     def live_engines(self) -> list[EngineReport]:
         """Reports of the engines that are alive; those long gone are taken off the registry."""
         reports = [msgspec.json.decode(body, type=EngineReport) for body in self.client.hvals(self.keys.engines)]
-        alive = [bool(self.client.exists(self.keys.engine_alive(report.engine_id))) for report in reports]
+        names = [self.keys.engine_alive(report.engine_id) for report in reports]
+        alive = [sign is not None for sign in self.client.mget(names)] if names else []
         for report, lives in zip(reports, alive, strict=True):
             if not lives:
                 self.client.hdel(self.keys.engines, report.engine_id)
         return [report for report, lives in zip(reports, alive, strict=True) if lives]
+
+    # -- engines that several workers share ----------------------------------------------------------------------------
+
+    def hold(self, url: str, worker: str, seconds: float) -> bool:
+        """Hold the engine at `url` for so long, or longer if it is held already. False: another worker holds it."""
+        return bool(self._hold([self.keys.engine_hold(url)], [worker, int(seconds * 1000)]))
+
+    def let_go(self, url: str, worker: str) -> None:
+        self._let_go([self.keys.engine_hold(url)], [worker])
+
+    def note_pause(self, url: str, worker: str) -> None:
+        """Before an engine is paused: whoever holds it next must know."""
+        self.client.hset(self.keys.paused_engines, url, worker)
+
+    def note_resume(self, url: str) -> None:
+        self.client.hdel(self.keys.paused_engines, url)
+
+    def may_be_paused(self, url: str) -> bool:
+        return bool(self.client.hexists(self.keys.paused_engines, url))
 
     def _get(self, field: str) -> PolicyVersion | None:
         body = self.client.hget(self.keys.policy, field)

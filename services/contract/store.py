@@ -110,6 +110,7 @@ class Keys:
         self.graded_samples = self.prefix + "graded_samples"
         self.engines = self.prefix + "engines"
         self.policy = self.prefix + "policy"
+        self.paused_engines = self.prefix + "paused_engines"
         self.events = self.prefix + "events"
 
     def trajectory(self, trajectory_id: str) -> str:
@@ -121,3 +122,6 @@ class Keys:
 
     def engine_alive(self, engine_id: str) -> str:
         return f"{self.prefix}engine_alive:{engine_id}"
+
+    def engine_hold(self, url: str) -> str:
+        return f"{self.prefix}engine_hold:{url}"

@@ -29,7 +29,7 @@ class Message(virtual.Message):
 class Channel(redis.Channel):
     Message = Message
 
-    def _brpop_read(self, **options: Any) -> bool | None:
+    def _brpop_read(self, **options: Any) -> Any:
         try:
             return super()._brpop_read(**options)
         except (NoMessage, json.JSONDecodeError, UnicodeDecodeError) as error:

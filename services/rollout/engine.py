@@ -1,180 +1,119 @@
-"""The SGLang engine as the worker sees it: start, generate, swap the policy, stop.
+"""An SGLang engine over HTTP: generate, swap the policy, tell how loaded it is. `own_engine.py` and `attached_engine.py` say how
+one begins and ends.
 
 Token ids go in and the sampled ids come back, each with the log-prob and the policy version that the engine itself reports.
-An answer in which ids, log-probs and versions do not fit together is refused (`EngineError`), never repaired.
-
 Log-probs are those of the temperature-scaled distribution, log softmax(logits / temperature), before top-p (SGLang's default;
 SGLANG_RETURN_ORIGINAL_LOGPROB must stay unset): a trainer divides its logits by the temperature before it compares.
 Temperature 0 is greedy; its log-probs are those of temperature 1.
+
+| update_mode | running turns                       | a turn's policy | what it costs         | how                              |
+|-------------|-------------------------------------|-----------------|-----------------------|----------------------------------|
+| in_place    | go on where they stand, by the new  | one or both     | their KV, built anew  | pause (`retract`), load, resume  |
+| abort       | are thrown away and played again    | one             | the tokens they had   | pause, abort all, load, resume   |
+| drain       | are finished by the old one first   | one             | slots that stand idle | wait for the last, then as abort |
+
+SGLang has a pause mode of its own called `in_place`. It keeps the running requests' KV, so that new weights would attend to
+keys and values of the old ones; and a load that flushes the cache fails under it. `retract` drops that KV and computes it
+anew from the tokens, so every token after the swap has the new policy's log-prob on its whole prefix.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 import uuid
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import aiohttp
 import msgspec
 
-from services.contract.config import Config
-from services.contract.messages import Sampling, VersionSpan
-from services.contract.telemetry import format_seconds
-from services.contract.transcript import STOPS
-from services.rollout.engine_process import EngineProcess
-from services.rollout.failures import EngineError, EngineStartError
+from services.contract.config import RolloutConfig
+from services.contract.messages import Sampling
+from services.rollout.failures import EngineError
+from services.rollout.generation import Finish, Generation, read_answer, sampling_params
 
-logger = logging.getLogger("engine")
+__all__ = ["Engine", "EngineGone", "EngineLoad", "EngineRefused", "EngineUnable", "Finish", "Generation", "read_answer"]
 
 CONTROL_TIMEOUT_S = 300
 """For pause, load and resume: loading reads a whole model from the volume."""
-START_PROBE_S = 0.5
-REFUSED = 400
+QUESTION_TIMEOUT_S = 30
+DRAIN_LOOK_S = 0.05
+REFUSED, UNKNOWN_PATH = 400, 404
 HARMLESS_TOKEN = 1
 """Any id of the vocabulary does for a health check."""
-
-Finish = Literal["stop", "length", "abort"]
-
-
-class Generation(msgspec.Struct, frozen=True):
-    """One turn as sampled. Offsets in `versions` count from the turn's first token; they tile it."""
-
-    ids: list[int]
-    logprobs: list[float]
-    finish: Finish
-    versions: list[VersionSpan]
 
 
 class EngineRefused(ValueError):
     """The engine says that the request itself is wrong; asking again would end alike."""
 
 
-class _VersionEntry(msgspec.Struct):
-    version: str
-    start: int
-    end: int
+class EngineGone(EngineError):
+    """Nobody listens there any more, or not the engine that this worker knew."""
 
 
-class _FinishReason(msgspec.Struct):
-    type: Finish
-    message: str | None = None
+class EngineUnable(EngineError):
+    """It has no such endpoint: another version of SGLang, or another service."""
 
 
-class _Meta(msgspec.Struct):
-    finish_reason: _FinishReason
-    output_token_logprobs: list[tuple[float, int, Any]]
-    weight_version: str
-    weight_versions: list[_VersionEntry] | None = None
+class EngineLoad(msgspec.Struct, frozen=True):
+    """What the engine has on its hands, of all workers."""
+
+    running: int
+    """Requests being decoded."""
+    queued: int
+    """Requests that wait for room in the KV cache or in the batch."""
+    kv_use: float
+    """Share of the KV cache that they hold; cached prefixes that nobody uses do not count."""
 
 
-class _Answer(msgspec.Struct):
-    meta_info: _Meta
-    output_ids: list[int]
+class _RankLoad(msgspec.Struct):
+    num_running_reqs: int = 0
+    num_waiting_reqs: int = 0
+    token_usage: float = 0.0
 
 
-_decode_answer = msgspec.json.Decoder(_Answer).decode
+class _Loads(msgspec.Struct):
+    loads: list[_RankLoad]
+
+
 _encode = msgspec.json.Encoder().encode
-
-
-def read_answer(body: bytes) -> Generation:
-    """Turn SGLang's reply to /generate into a Generation. Raises EngineError when its parts do not fit together."""
-    try:
-        answer = _decode_answer(body)
-        meta, ids = answer.meta_info, answer.output_ids
-        spans = meta.weight_versions or [_VersionEntry(meta.weight_version, 0, len(ids))]
-        versions = [VersionSpan(int(span.version), span.start, span.end) for span in spans if span.end > span.start]
-    except (msgspec.DecodeError, ValueError) as error:
-        raise EngineError(f"the engine's answer cannot be read ({error}): {body[:200]!r}") from None
-    if [entry[1] for entry in meta.output_token_logprobs] != ids:
-        given = len(meta.output_token_logprobs)
-        raise EngineError(f"the engine gave {given} log-probs that do not belong to its {len(ids)} tokens")
-    bounds = [0, *(span.end for span in versions)]
-    if bounds[-1] != len(ids) or [span.start for span in versions] != bounds[:-1]:
-        raise EngineError(f"the engine's version report {versions} does not cover its {len(ids)} tokens")
-    return Generation(ids, [entry[0] for entry in meta.output_token_logprobs], meta.finish_reason.type, versions)
-
-
-def sampling_params(sampling: Sampling, max_new_tokens: int) -> dict[str, object]:
-    """Everything that shapes the distribution is said outright, so that no default of the model's files can creep in."""
-    return {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": -1,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "max_new_tokens": max_new_tokens,
-        "stop": STOPS,
-        "no_stop_trim": True,
-        "skip_special_tokens": False,
-        "spaces_between_special_tokens": False,
-    }
+_decode_loads = msgspec.json.Decoder(_Loads).decode
 
 
 class Engine:
-    """One SGLang server. `start` and `stop` may be repeated; everything else needs a started engine."""
+    """What every engine can do once it has been started; `start` and `stop` are the subclasses'."""
 
-    def __init__(self, config: Config, log: Path) -> None:
-        self.config, self._log = config, log
-        self._process: EngineProcess | None = None
-        self._session: aiohttp.ClientSession | None = None
+    def __init__(self, config: RolloutConfig, name: str) -> None:
+        self.config, self.name = config, name
+        self.url = ""
+        self.version = -1
+        """The policy that this worker brought it to; it may serve that or a later one, never one before."""
         self.last_answer = 0.0
         """time.monotonic() of the last answered generation: a busy engine needs no health check."""
+        self._session: aiohttp.ClientSession | None = None
+        self._under_way = 0
+        """Turns that this worker waits for."""
 
-    @property
-    def url(self) -> str:
-        return self._process.url if self._process else ""
+    # -- its life, in the subclasses -----------------------------------------------------------------------------------
 
     @property
     def running(self) -> bool:
-        return self._process is not None and self._process.exit_code() is None
-
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid if self._process else None
+        """False once it is known to be gone; an engine that only stays silent still counts as running."""
+        raise NotImplementedError
 
     async def start(self, model: str, version: int) -> None:
-        """Start the server with `model` as `version`; returns once it has answered a generation. Raises EngineStartError."""
-        started = time.monotonic()
-        self._process = EngineProcess.spawn(self.config, model, version, self._log)
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
-            timeout=aiohttp.ClientTimeout(total=self.config.rollout.request_timeout_s, sock_connect=10),
-        )
-        try:
-            await self._answers_first(started + self.config.rollout.engine.start_timeout_s)
-        except BaseException:
-            await self.stop()
-            raise
-        seconds, gibibytes = time.monotonic() - started, self._process.memory_bytes() / 2**30
-        logger.info("engine ready in %s: %s, policy version %d, %.1f GiB", format_seconds(seconds), self.url, version, gibibytes)
-
-    async def _answers_first(self, deadline: float) -> None:
-        assert self._process
-        while not await self.health(timeout_s=max(deadline - time.monotonic(), 1.0)):
-            if (code := self._process.exit_code()) is not None:
-                raise EngineStartError(f"SGLang ended with code {code} while starting. {self.post_mortem()}")
-            if time.monotonic() > deadline:
-                patience = format_seconds(self.config.rollout.engine.start_timeout_s)
-                raise EngineStartError(
-                    f"SGLang has not answered within {patience} (rollout.engine.start_timeout_s). {self.post_mortem()}"
-                )
-            await asyncio.sleep(START_PROBE_S)
-
-    def post_mortem(self) -> str:
-        """The end of the server's log."""
-        return f"The end of its log ({self._log}):\n{self._process.tail() if self._process else ''}"
+        """Returns once the engine has answered a generation with `model` as `version`. Raises EngineError."""
+        raise NotImplementedError
 
     async def stop(self) -> None:
-        """End the server and everything it started."""
-        session, self._session = self._session, None
-        process, self._process = self._process, None
-        if process:
-            await asyncio.to_thread(process.stop)
-        if session:
-            await session.close()
+        """Be done with it; may be repeated."""
+        raise NotImplementedError
+
+    def post_mortem(self) -> str:
+        """What a person should know when it is gone."""
+        raise NotImplementedError
+
+    # -- playing -------------------------------------------------------------------------------------------------------
 
     async def generate(self, input_ids: list[int], sampling: Sampling, max_new_tokens: int) -> Generation:
         """Sample one turn. Raises EngineError when the engine fails, EngineRefused when it calls the request wrong."""
@@ -184,8 +123,14 @@ class Engine:
             "sampling_params": sampling_params(sampling, max_new_tokens),
             "return_logprob": True,
         }
-        generation = read_answer(await self._post("/generate", body))
-        if len(generation.ids) > max_new_tokens or (not generation.ids and generation.finish != "abort"):
+        base = self.config.engine.router or self.url
+        self._under_way += 1
+        try:
+            answer = await self._request("POST", base + "/generate", _encode(body))
+        finally:
+            self._under_way -= 1
+        generation = read_answer(answer)
+        if generation.finish != "abort" and not 0 < len(generation.ids) <= max_new_tokens:
             raise EngineError(f"the engine sampled {len(generation.ids)} tokens where 1 to {max_new_tokens} were asked for")
         self.last_answer = time.monotonic()
         return generation
@@ -200,12 +145,58 @@ class Engine:
         self.last_answer = time.monotonic()
         return True
 
+    async def load_figures(self) -> EngineLoad | None:
+        """Read from shared memory by SGLang's HTTP process, so it costs the scheduler nothing. None: this engine tells no load."""
+        path = self.url + "/v1/loads?include=core"
+        try:
+            ranks = _decode_loads(await self._request("GET", path, None, QUESTION_TIMEOUT_S)).loads
+        except (EngineUnable, msgspec.DecodeError):
+            return None
+        running, queued = sum(rank.num_running_reqs for rank in ranks), sum(rank.num_waiting_reqs for rank in ranks)
+        return EngineLoad(running, queued, max((rank.token_usage for rank in ranks), default=0.0))
+
+    # -- the policy ----------------------------------------------------------------------------------------------------
+
+    async def update(self, model: str, version: int) -> None:
+        """Bring the serving engine from one policy to the next, as `update_mode` says. Raises EngineError.
+
+        After an error the engine may hold half of each policy: it must not serve until it has been started anew.
+        """
+        await self._update(model, version, self.config.update_mode)
+
+    async def _update(self, model: str, version: int, mode: str) -> None:
+        if mode == "drain":
+            await self._drained()
+        await self.pause()
+        if mode != "in_place":
+            await self.abort()
+        await self.load(model, version)
+        await self.resume()
+        self.version = version
+
+    async def _drained(self) -> None:
+        """Wait for the turns that are under way, for as long as one may take. Nobody must send new ones (`Member.serves`)."""
+        deadline = time.monotonic() + self.config.request_timeout_s
+        while time.monotonic() < deadline:
+            load = await self.load_figures()
+            if not self._under_way and (load is None or not load.running + load.queued):
+                return
+            await asyncio.sleep(DRAIN_LOOK_S)
+
     async def pause(self) -> None:
         """Stop decoding; running requests go back to the engine's queue and lose their KV, so none of it outlives its policy."""
         await self._post("/pause_generation", {"mode": "retract"}, CONTROL_TIMEOUT_S)
 
+    async def abort(self) -> None:
+        """Break off every request; those of a paused engine are all in its queue and come back at once."""
+        await self._post("/abort_request", {"abort_all": True}, CONTROL_TIMEOUT_S)
+
     async def load(self, model: str, version: int) -> None:
-        """Load `model` as `version` into the paused engine, and see that the engine reports it. Raises EngineError."""
+        """Load `model` as `version` into the paused engine, drop all cached KV, see that it reports it. Raises EngineError.
+
+        Not without a pause: SGLang then waits for its requests too, but counts the last one as running for a moment more,
+        refuses to drop the cache and goes on with new weights on old KV.
+        """
         body = {"model_path": model, "weight_version": str(version), "flush_cache": True}
         answer = msgspec.json.decode(await self._post("/update_weights_from_disk", body, CONTROL_TIMEOUT_S))
         if not answer.get("success"):
@@ -218,23 +209,45 @@ class Engine:
 
     async def reported_version(self) -> str:
         """The version that the engine says it serves."""
-        return str(msgspec.json.decode(await self._request("GET", "/model_info", None, 30)).get("weight_version"))
+        return str((await self._ask("/model_info")).get("weight_version"))
 
-    async def _post(self, path: str, body: dict[str, Any], timeout_s: float | None = None) -> bytes:
-        return await self._request("POST", path, _encode(body), timeout_s)
+    # -- HTTP ----------------------------------------------------------------------------------------------------------
 
-    async def _request(self, method: str, path: str, body: bytes | None, timeout_s: float | None) -> bytes:
-        if self._session is None or self._process is None:
-            raise EngineError("the engine is not running")
-        timeout = aiohttp.ClientTimeout(total=timeout_s or self.config.rollout.request_timeout_s, sock_connect=10)
-        url, headers = self._process.url + path, {"Content-Type": "application/json"}
+    def _open(self) -> None:
+        """A pool of connections without a bound of its own: `EnginePool` bounds the episodes."""
+        key = self.config.engine.api_key
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
+            headers={"Authorization": f"Bearer {key.get_secret_value()}"} if key else None,
+        )
+
+    async def _close(self) -> None:
+        session, self._session = self._session, None
+        if session:
+            await session.close()
+
+    async def _ask(self, path: str) -> dict[str, Any]:
+        return msgspec.json.decode(await self._request("GET", self.url + path, None, QUESTION_TIMEOUT_S))
+
+    async def _post(self, path: str, body: dict[str, Any], timeout_s: float) -> bytes:
+        return await self._request("POST", self.url + path, _encode(body), timeout_s)
+
+    async def _request(self, method: str, url: str, body: bytes | None, timeout_s: float | None = None) -> bytes:
+        if self._session is None:
+            raise EngineGone("the engine is not running")
+        timeout = aiohttp.ClientTimeout(total=timeout_s or self.config.request_timeout_s, sock_connect=10)
+        headers = {"Content-Type": "application/json"}
         try:
             async with self._session.request(method, url, data=body, headers=headers, timeout=timeout) as response:
                 text = await response.read()
+        except aiohttp.ClientConnectorError as error:
+            raise EngineGone(f"{url} cannot be reached: {error}") from error
         except (aiohttp.ClientError, TimeoutError, OSError, RuntimeError) as error:
             raise EngineError(f"{url} failed: {type(error).__name__} {error}".rstrip()) from error
-        if response.status == REFUSED and path == "/generate":
+        if response.status == REFUSED and url.endswith("/generate"):
             raise EngineRefused(f"the engine refused the request: {text[:500].decode(errors='replace')}")
+        if response.status == UNKNOWN_PATH:
+            raise EngineUnable(f"{url} does not exist: is it an SGLang engine, of version 0.5.23?")
         if response.status != 200:
             raise EngineError(f"{url} answered {response.status}: {text[:500].decode(errors='replace')}")
         return text

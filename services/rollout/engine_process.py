@@ -41,7 +41,8 @@ def usable_context(config: Config) -> int:
     """Tokens of prompt and response that the engine can hold: model.max_context, or less if the model or its KV cache is small."""
     model = json.loads((config.model_path / "config.json").read_text())
     positions = model.get("max_position_embeddings", config.model.max_context + RESERVED)
-    return min(config.model.max_context, positions - RESERVED, config.rollout.engine.max_total_tokens - RESERVED)
+    cache = positions if config.rollout.engine.urls else config.rollout.engine.max_total_tokens
+    return min(config.model.max_context, positions - RESERVED, cache - RESERVED)
 
 
 def command_line(config: Config, model: str, version: int, port: int) -> list[str]:

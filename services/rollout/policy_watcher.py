@@ -9,8 +9,8 @@
 |         | one keeps serving the episodes in flight        |                                                               |
 
 A published version is verified (every digest) before the engine is paused. If the load itself fails, the engine may hold half
-of each policy: it is stopped rather than resumed, its episodes fail and are played again, and `supervisor.py` starts it anew.
-A pause cannot outlive the worker, because the engine cannot.
+of each policy: it is stopped rather than resumed and `supervisor.py` starts it anew; the turns it had are played again then.
+A pause of an own engine cannot outlive the worker, because the engine cannot; for an attached one see `attached_engine.py`.
 """
 
 from __future__ import annotations
@@ -19,29 +19,62 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from services.contract import weights
 from services.contract.config import Config
 from services.contract.policy import EngineReport, EngineState, PolicyBoard, PolicyVersion
-from services.rollout.engine import Engine
+from services.rollout.engine import Engine, EngineLoad
 from services.rollout.failures import EngineError
+from services.rollout.tasks import RunInThread
 
 logger = logging.getLogger("policy")
 
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 30.0
+VERIFIED_KEPT = 3
 
-RunInThread = Callable[..., Awaitable[Any]]
-"""`await run(function, *arguments)`: for Redis and files, which would block the event loop."""
+
+class VersionFiles:
+    """The folders of published versions as this worker sees them, each verified once however many engines load it."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._verified: dict[int, tuple[Path, int]] = {}
+        self._one_at_a_time = asyncio.Lock()
+
+    def local(self, policy: PolicyVersion) -> Path:
+        """The trainer may see the volume, or the starting model, at another path than this worker does."""
+        published = weights.version_folder(self.config.weights_folder, policy.version)
+        path = Path(policy.path)
+        if path.name == published.name:
+            return published
+        return path if path.is_dir() or policy.version > 0 else self.config.model_path
+
+    async def verify(self, policy: PolicyVersion) -> Path:
+        """Its folder here, every digest checked, once for each manifest. Raises WeightsError, OSError."""
+        path = self.local(policy)
+        if path.parent != self.config.weights_folder:
+            if not path.is_dir():
+                raise weights.WeightsError(f"{path} is not a folder that this worker sees: mount it, or set model.path")
+            return path
+        async with self._one_at_a_time:
+            stamp = (path, _modified(path / weights.MANIFEST))
+            if self._verified.get(policy.version) != stamp:
+                manifest = await asyncio.to_thread(weights.verify, path)
+                if manifest.version != policy.version:
+                    raise weights.WeightsError(f"{path} calls itself version {manifest.version}, the board says {policy.version}")
+                kept = sorted(self._verified)[-VERIFIED_KEPT:]
+                self._verified = {version: self._verified[version] for version in kept} | {policy.version: stamp}
+        return path
 
 
 class PolicyWatcher:
     """What this worker's engine serves and has verified, and the moves that change it."""
 
-    def __init__(self, config: Config, board: PolicyBoard, engine: Engine, worker: str, run: RunInThread) -> None:
-        self.config, self.board, self.engine, self.worker, self._run = config, board, engine, worker, run
+    def __init__(self, files: VersionFiles, board: PolicyBoard, engine: Engine, worker: str, run: RunInThread) -> None:
+        self.files, self.board, self.engine, self.worker, self._run = files, board, engine, worker, run
+        self.config = files.config
         self.state: EngineState = "loading"
         self.version = -1
         self.staged = -1
@@ -49,24 +82,17 @@ class PolicyWatcher:
         """The version that is current, as last seen on the board."""
         self._target = -1
         """A version whose files are being read."""
-        self._verified: dict[int, tuple[Path, int]] = {}
         self._retry_s, self._retry_at = FIRST_RETRY_S, 0.0
-        self._changed = asyncio.Event()
+        self.changes = 0
+        """How often the state has changed: who sees the same number twice knows that nothing happened between."""
+        self.on_change: Callable[[], None] = lambda: None
+        self._load: tuple[int, int, EngineLoad] = (0, 0, EngineLoad(0, 0, 0.0))
         self._reporting, self._left = threading.Lock(), False
 
     @property
     def caught_up(self) -> bool:
         """Whether new groups may be taken."""
         return self.state == "ready" and self.version == self.wanted
-
-    async def caught_up_with(self, version: int) -> bool:
-        """Wait while the engine is on its way to `version`. False: that version, or a later one, cannot be used for now."""
-        while self.version < version or self.state != "ready":
-            if self.state == "stale":
-                return False
-            self._changed.clear()
-            await self._changed.wait()
-        return True
 
     async def starting_policy(self) -> tuple[Path, int]:
         """What a starting engine is to load: the current version once it verifies, or the configured model as version 0."""
@@ -111,10 +137,7 @@ class PolicyWatcher:
         self._target = version
         await self._become("paused")
         try:
-            await self.engine.pause()
-            paused = time.monotonic()
-            await self.engine.load(str(path), version)
-            await self.engine.resume()
+            await self.engine.update(str(path), version)
         except EngineError:
             await self.engine.stop()
             raise
@@ -123,54 +146,35 @@ class PolicyWatcher:
         former, self.version = self.version, version
         self.staged = version
         await self._become("ready")
-        now = time.monotonic()
-        logger.info("policy version %d loaded after %d (%.1f s, paused %.1f s)", version, former, now - started, now - paused)
+        logger.info("policy version %d loaded after %d in %.1f s", version, former, time.monotonic() - started)
 
     async def _verify(self, policy: PolicyVersion) -> Path | None:
         """Its folder here, if it can be loaded. After a failure the next attempt waits, and until then the answer is None."""
         if time.monotonic() < self._retry_at:
             return None
-        path = self._local(policy)
+        self._target = policy.version
+        await self.report()  # from here on the trainer must not delete it
         try:
-            if path.parent == self.config.weights_folder:
-                await self._verify_published(policy.version, path)
-            elif not path.is_dir():
-                raise weights.WeightsError(f"{path} is not a folder that this worker sees: mount it, or set model.path")
+            path = await self.files.verify(policy)
         except (weights.WeightsError, OSError) as error:
             self._retry_at = time.monotonic() + self._retry_s
             logger.error("policy version %d cannot be used, trying again in %.0f s: %s", policy.version, self._retry_s, error)
             self._retry_s = min(2 * self._retry_s, LONGEST_RETRY_S)
             return None
+        finally:
+            self._target = -1
         self._retry_s = FIRST_RETRY_S
         return path
 
-    async def _verify_published(self, version: int, path: Path) -> None:
-        """Check every digest, once for each manifest."""
-        stamp = (path, _modified(path / weights.MANIFEST))
-        if self._verified.get(version) == stamp:
-            return
-        self._target = version
-        await self.report()  # from here on the trainer must not delete it
-        try:
-            manifest = await asyncio.to_thread(weights.verify, path)
-        finally:
-            self._target = -1
-        if manifest.version != version:
-            raise weights.WeightsError(f"{path} calls itself version {manifest.version}, the board calls it {version}")
-        self._verified = {version: stamp} | {kept: self._verified[kept] for kept in self._verified if kept == self.version}
-
-    def _local(self, policy: PolicyVersion) -> Path:
-        """The trainer may see the volume, or the starting model, at another path than this worker does."""
-        published = weights.version_folder(self.config.weights_folder, policy.version)
-        path = Path(policy.path)
-        if path.name == published.name:
-            return published
-        return path if path.is_dir() or policy.version > 0 else self.config.model_path
-
     async def _become(self, state: EngineState) -> None:
         self.state = state
-        self._changed.set()
+        self.changes += 1
+        self.on_change()
         await self.report()
+
+    def note_load(self, in_flight: int, limit: int, load: EngineLoad | None) -> None:
+        """For the next report: this worker's episodes on the engine, its window, and what the engine says."""
+        self._load = (in_flight, limit, load or EngineLoad(0, 0, 0.0))
 
     async def report(self) -> None:
         """This engine's line in the registry; also its sign of life."""
@@ -183,8 +187,9 @@ class PolicyWatcher:
                 self.board.report(self._snapshot())
 
     def _snapshot(self) -> EngineReport:
+        in_flight, limit, load = self._load
         return EngineReport(
-            engine_id=self.worker,
+            engine_id=self.engine.name,
             url=self.engine.url,
             state=self.state,
             version=self.version,
@@ -192,6 +197,11 @@ class PolicyWatcher:
             reading=sorted({self.version, self._target} - {-1}),
             tensor_parallel=self.config.rollout.engine.tensor_parallel,
             worker=self.worker,
+            in_flight=in_flight,
+            limit=limit,
+            running=load.running,
+            queued=load.queued,
+            kv_use=load.kv_use,
         )
 
     async def leave(self) -> None:
@@ -201,7 +211,7 @@ class PolicyWatcher:
     def _leave_now(self) -> None:
         with self._reporting:
             self._left = True
-            self.board.remove(self.worker)
+            self.board.remove(self.engine.name)
 
     def describe(self) -> str:
         """The state in words, for the heartbeat; a health check fails while it begins with "starting"."""

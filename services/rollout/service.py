@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import os
 import secrets
@@ -20,13 +19,17 @@ from services.contract.groups import GroupStore
 from services.contract.policy import PolicyBoard
 from services.contract.store import connect
 from services.contract.telemetry import Heartbeat
-from services.rollout.engine import Engine
+from services.rollout.attached_engine import AttachedEngine
+from services.rollout.engine import Engine, Generation
 from services.rollout.engine_process import usable_context
+from services.rollout.engines import EnginePool, Member
 from services.rollout.episode import Player
 from services.rollout.grading import Grading
-from services.rollout.policy_watcher import PolicyWatcher, RunInThread
+from services.rollout.own_engine import OwnEngine
+from services.rollout.policy_watcher import PolicyWatcher, VersionFiles
 from services.rollout.retrieval import Retriever
 from services.rollout.supervisor import Supervisor
+from services.rollout.tasks import RunInThread, run_in
 from services.rollout.worker import GOODBYE_S, Worker
 
 logger = logging.getLogger("rollout")
@@ -38,13 +41,6 @@ REDIS_THREADS = 16
 def worker_name() -> str:
     """Unique among all workers, also after a restart under the same process id."""
     return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
-
-
-def run_in(pool: ThreadPoolExecutor) -> RunInThread:
-    def run(function: Any, *arguments: Any) -> asyncio.Future[Any]:
-        return asyncio.get_running_loop().run_in_executor(pool, functools.partial(function, *arguments))
-
-    return run
 
 
 def log_folder(config: Config) -> Path:
@@ -72,29 +68,40 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
             return
         state[0] = "starting: loading the tokenizer"
         codec = await asyncio.to_thread(Codec.load, config.model_path)
-        engine = Engine(config, log_folder(config) / f"engine-{name}.log")
-        watcher = PolicyWatcher(config, PolicyBoard(client, config.run.name), engine, name, run)
+        members = make_members(config, PolicyBoard(client, config.run.name), name, run)
         async with Retriever(config.retriever.url, config.rollout) as retriever:
-            player = Player(engine.generate, retriever.retrieve, codec, usable_context(config))
-            worker = Worker(name, config.rollout, store, Grading(config), player, watcher, run)
-            await _serve_with(worker, watcher, engine, config, state, stop)
+            player = Player(_from_no_seat, retriever.retrieve, codec, usable_context(config))
+            worker = Worker(name, config.rollout, store, Grading(config), player, EnginePool(members), run)
+            await _serve_with(worker, state, stop)
     finally:
         beating.cancel()
 
 
-async def _serve_with(
-    worker: Worker, watcher: PolicyWatcher, engine: Engine, config: Config, state: list[str], stop: asyncio.Event
-) -> None:
+def make_members(config: Config, board: PolicyBoard, worker: str, run: RunInThread) -> list[Member]:
+    """The engines that the configuration names, or one of the worker's own; each with its policy watcher."""
+    engines: list[Engine] = [AttachedEngine(config, url, board, worker, run) for url in config.rollout.engine.urls]
+    engines = engines or [OwnEngine(config, log_folder(config) / f"engine-{worker}.log", worker)]
+    files = VersionFiles(config)
+    return [Member(engine, PolicyWatcher(files, board, engine, worker, run), config.rollout) for engine in engines]
+
+
+async def _from_no_seat(*_: object) -> Generation:
+    raise AssertionError("every episode is generated from its seat at an engine")
+
+
+async def _serve_with(worker: Worker, state: list[str], stop: asyncio.Event) -> None:
     """The loops; when one fails or `stop` is set, the way out: no more groups, finish or hand back, leave the registry."""
-    logger.info("worker %s plays up to %d episodes at once", worker.name, config.rollout.concurrency)
+    members = worker.engines.members
+    logger.info("worker %s plays up to %d episodes at once", worker.name, sum(member.most for member in members))
     background = [
         asyncio.create_task(loop)
         for loop in (
-            Supervisor(engine, watcher, config.rollout.engine).run(),
+            *(Supervisor(member.engine, member.watcher, worker.config.engine).run() for member in members),
+            worker.engines.look(),
             worker.keep_leases(),
             worker.failure(),
-            _report(watcher),
-            _narrate(worker, watcher, state),
+            _report(worker),
+            _narrate(worker, state),
         )
     ]
     taking = asyncio.create_task(worker.take_groups(stop))
@@ -112,9 +119,9 @@ async def _serve_with(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await engine.stop()
+        await asyncio.gather(*(member.engine.stop() for member in members))
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(watcher.leave(), GOODBYE_S)
+            await asyncio.wait_for(asyncio.gather(*(member.watcher.leave() for member in members)), GOODBYE_S)
         logger.info("worker %s has left", worker.name)
 
 
@@ -132,18 +139,19 @@ async def _beat(heartbeat: Heartbeat, state: list[str]) -> None:
         await asyncio.sleep(HEARTBEAT_S)
 
 
-async def _report(watcher: PolicyWatcher) -> None:
+async def _report(worker: Worker) -> None:
     while True:
-        await watcher.report()
+        await asyncio.gather(*(member.watcher.report() for member in worker.engines.members))
         await asyncio.sleep(REPORT_S)
 
 
-async def _narrate(worker: Worker, watcher: PolicyWatcher, state: list[str]) -> None:
+async def _narrate(worker: Worker, state: list[str]) -> None:
     """Keep the heartbeat's words true, and log a summary now and then."""
     ticks = 0
     while True:
-        state[0] = watcher.describe() + f", {worker.statistics.in_flight} episodes in flight"
+        in_flight = worker.engines.in_flight
+        state[0] = worker.engines.describe() + f", {in_flight} episodes in flight"
         ticks += 1
-        if ticks % int(SUMMARY_S / HEARTBEAT_S) == 0 and (line := worker.statistics.summary()):
+        if ticks % int(SUMMARY_S / HEARTBEAT_S) == 0 and (line := worker.statistics.summary(in_flight)):
             logger.info(line)
         await asyncio.sleep(HEARTBEAT_S)

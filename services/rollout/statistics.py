@@ -11,8 +11,6 @@ class Statistics:
     """Counts since the last summary."""
 
     def __init__(self) -> None:
-        self.in_flight = 0
-        """Episodes being played now."""
         self._reset()
 
     def _reset(self) -> None:
@@ -25,13 +23,13 @@ class Statistics:
         self.searches += trajectory.searches
         self.answered += trajectory.answer is not None
 
-    def summary(self) -> str | None:
-        """One line on the time since the last summary; None when nothing happened."""
+    def summary(self, in_flight: int) -> str | None:
+        """One line on the time since the last summary; None when nothing happened. `in_flight`: episodes being played now."""
         minutes = (time.monotonic() - self._since) / 60
-        if not (self.episodes or self.in_flight) or minutes == 0:
+        if not (self.episodes or in_flight) or minutes == 0:
             self._reset()
             return None
         rates = f"{self.episodes / minutes:.0f} episodes/min, {self.tokens / minutes / 60:.0f} tokens/s"
-        line = f"{rates}, {self.searches} searches, {self.answered} of {self.episodes} answered, {self.in_flight} in flight"
+        line = f"{rates}, {self.searches} searches, {self.answered} of {self.episodes} answered, {in_flight} in flight"
         self._reset()
         return line

@@ -2,6 +2,13 @@
 
 One loop does all of it, so a restart, a health check and a weight swap never overlap. The engine counts as gone when its
 process has ended, when `health_failures` checks in a row failed, or when a weight swap failed half-way.
+
+| the engine           | own                                       | attached                                                      |
+|----------------------|-------------------------------------------|---------------------------------------------------------------|
+| is gone              | started again after a pause that grows    | attached again as soon as it answers                          |
+| answers no check     | ended, then as above                      | as above                                                      |
+| has another version  | cannot be                                 | counts as gone; brought to the current version when attached  |
+| starts or is attached| with the current version, once it verifies | the same                                                     |
 """
 
 from __future__ import annotations
@@ -61,7 +68,7 @@ class Supervisor:
     def _check_health(self) -> None:
         """A dead process shows at once. A silent engine is asked for a token in the background; a busy one need not be asked."""
         if not self.engine.running:
-            raise EngineError(f"the server process ended. {self.engine.post_mortem()}")
+            raise EngineError(f"it does not run any more. {self.engine.post_mortem()}")
         if self._probe and self._probe.done():
             self._count(self._probe.result())
             self._probe = None

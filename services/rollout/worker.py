@@ -4,15 +4,17 @@
 |------------------------------------------|--------------------------------------------------------------------------|
 | every sample is stored                   | asks again for all to be graded, then `finish`                           |
 | a sample failed for want of infrastructure | lets the others finish and stores them, then `fail`: again, or dead    |
-| it is not finished within its deadline   | breaks off what is being played, then `fail`; what is stored stays       |
+| it is late (`group_deadline_s`)          | breaks off what is being played; what is stored stays. Then `fail`, or   |
+|                                          | with `late_groups = "release"` and two samples stored: the missing ones  |
+|                                          | are stored as failed, then `finish`                                      |
 | anything else went wrong                 | `bury` at once, with the reason                                          |
 | its policy version cannot be loaded here | `hand_back`                                                              |
 | another worker has claimed it            | drops it without a word to Redis                                         |
 | SIGTERM, and the grace period is over    | `hand_back`; what is stored stays                                        |
 | this worker dies                         | nothing; the lease runs out and another worker plays what is missing     |
 
-A group is taken only while an episode slot is free and the engine serves the current policy version, and it is played only
-once the engine serves the version that the group was issued for.
+A group is taken only while the engines have room for an episode (`concurrency.py`) and serve the current policy version, and it
+is played only by engines that serve the version that the group was issued for, or a later one.
 """
 
 from __future__ import annotations
@@ -20,29 +22,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from services.contract.config import RolloutConfig
 from services.contract.groups import GroupStore, Lease
 from services.contract.messages import PromptGroup, Trajectory
 from services.contract.store import RedisAway
+from services.rollout.engines import EnginePool
 from services.rollout.episode import Player, play_episode
 from services.rollout.failures import EngineError, InfrastructureError
 from services.rollout.grading import Grading
-from services.rollout.policy_watcher import PolicyWatcher, RunInThread
 from services.rollout.statistics import Statistics
+from services.rollout.tasks import RunInThread, to_the_end
 from services.rollout.tokens import prompt_ids
 
 logger = logging.getLogger("worker")
 
 BLOCK_MS = 500
 IDLE_S = 0.1
-CLAIM_COUNT = 10
+LEAST_OF_A_GROUP = 2
+"""Samples that a late group must have to be of use to a learner: with one there is nothing to compare."""
 GOODBYE_S = 5.0
 """Time to hand groups back; a Redis that is away must not hold up the shutdown."""
-
-T = TypeVar("T")
 
 
 class Playing(NamedTuple):
@@ -51,7 +52,7 @@ class Playing(NamedTuple):
 
 
 class Worker:
-    """Plays groups until `drain`. One per engine."""
+    """Plays groups until `drain`, on all of its engines."""
 
     def __init__(
         self,
@@ -60,14 +61,14 @@ class Worker:
         store: GroupStore,
         grading: Grading,
         player: Player,
-        watcher: PolicyWatcher,
+        engines: EnginePool,
         run: RunInThread,
     ) -> None:
+        """`player` is what all episodes share; its `generate` is replaced by that of each episode's seat at an engine."""
         self.name, self.config, self.store, self.grading, self.player = name, config, store, grading, player
-        self.watcher, self._run = watcher, run
+        self.engines, self._run = engines, run
         self.statistics = Statistics()
         self._playing: dict[bytes, Playing] = {}
-        self._slots = asyncio.Semaphore(config.concurrency)
         self._claim_at = 0.0
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Gets the exception that ends the worker."""
@@ -85,14 +86,15 @@ class Worker:
 
     def _may_take(self) -> bool:
         promised = sum(playing.lease.group.samples for playing in self._playing.values())
-        return self.watcher.caught_up and promised < self.config.concurrency
+        return self.engines.caught_up and promised < self.engines.room
 
     async def _abandoned(self) -> list[Lease]:
-        """Groups of silent workers, looked for a few times per lease period."""
+        """A group of a silent worker, looked for a few times per lease period, and at once again while there are more."""
         if time.monotonic() < self._claim_at:
             return []
-        self._claim_at = time.monotonic() + min(self.config.lease_s / 4, 5.0)
-        claimed = await self._run(self.store.claim, self.name, self.config.lease_s, CLAIM_COUNT)
+        claimed = await self._run(self.store.claim, self.name, self.config.lease_s, 1)
+        if not claimed:
+            self._claim_at = time.monotonic() + min(self.config.lease_s / 4, 5.0)
         fresh = [lease for lease in claimed if lease.entry_id not in self._playing]  # our own, if a refresh came too late
         for lease in fresh:
             event = f"group {lease.group.group_id} taken over from a silent worker by {self.name}"
@@ -121,61 +123,82 @@ class Worker:
         group = lease.group
         try:
             async with asyncio.timeout(group.deadline_s):
-                ended = self.store.finish if await self._play_samples(group) else self.store.hand_back
+                ended = self.store.finish if await self._play_samples(lease) else self.store.hand_back
             await to_the_end(self._run(ended, lease))
         except InfrastructureError as error:
             await self._fail(lease, str(error))
         except RedisAway:
             raise
         except TimeoutError:  # this one's own: engine and retriever turn theirs into InfrastructureError
-            await self._fail(lease, f"deadline: not finished within {group.deadline_s:.0f} s of being taken")
+            await self._late(lease)
         except Exception as error:
             logger.debug("group %s", group.group_id, exc_info=True)
             await self._bury(lease, f"{type(error).__name__}: {error}")
 
-    async def _play_samples(self, group: PromptGroup) -> bool:
-        """Play what is not stored yet. False: the engine cannot be brought to the group's policy version for now."""
+    async def _play_samples(self, lease: Lease) -> bool:
+        """Play what is not stored yet. False: no engine can be brought to the group's policy version for now."""
+        group = lease.group
         missing = await self._run(self.store.missing_samples, group)
         stored = [name for sample, name in enumerate(group.trajectory_ids()) if sample not in missing]
         for name in stored:  # its worker may have died before it could ask
             await self._run(self.grading.request, name)
         if not missing:
             return True
-        if not await self.watcher.caught_up_with(group.issued_version):
+        if not await self.engines.can_play(group.issued_version):
             return False
         ids = prompt_ids(group, self.player.codec, self.player.context)
         failures: list[InfrastructureError] = []
         try:
             async with asyncio.TaskGroup() as tasks:
                 for sample in missing:
-                    tasks.create_task(self._play_sample(group, sample, ids, failures))
+                    tasks.create_task(self._play_sample(lease, sample, ids, failures))
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         if failures:
             raise failures[0]
         return True
 
-    async def _play_sample(self, group: PromptGroup, sample: int, ids: list[int], failures: list[InfrastructureError]) -> None:
+    async def _play_sample(self, lease: Lease, sample: int, ids: list[int], failures: list[InfrastructureError]) -> None:
         """One episode, stored and sent for grading. A failing infrastructure is noted; the group's other samples go on."""
-        async with self._slots:
-            self.statistics.in_flight += 1
+        group = lease.group
+        async with self.engines.seat(group.issued_version) as seat:
             try:
-                trajectory = await play_episode(group, sample, ids, self.player)
+                trajectory = await play_episode(group, sample, ids, self.player._replace(generate=seat.generate))
                 if trajectory.status == "aborted":
                     raise EngineError("the engine broke off a turn")
             except InfrastructureError as error:
                 failures.append(error)
                 return
-            finally:
-                self.statistics.in_flight -= 1
-        trajectory.worker = trajectory.engine = self.name
-        await to_the_end(self._run(self._keep, trajectory))
+        trajectory.worker, trajectory.engine = self.name, seat.member.name
+        await to_the_end(self._run(self._keep, trajectory, lease))
         self.statistics.count(trajectory)
 
-    def _keep(self, trajectory: Trajectory) -> None:
+    def _keep(self, trajectory: Trajectory, lease: Lease) -> None:
         """In a thread. Stored first: a grader that finds nothing has nothing to do."""
-        self.store.store(trajectory)
+        self.store.store(trajectory, lease)
         self.grading.request(trajectory.id)
+
+    async def _late(self, lease: Lease) -> None:
+        """The group's deadline has passed."""
+        group = lease.group
+        reason = f"deadline: not finished within {group.deadline_s:.0f} s of being taken"
+        if self.config.late_groups == "retry" or (short := await to_the_end(self._run(self._release_short, lease))) is None:
+            await self._fail(lease, reason)
+            return
+        event = f"group {group.group_id} goes on with {short} of {group.samples} samples; {reason}"
+        logger.warning(event)
+        await self._run(self.store.announce, event)
+
+    def _release_short(self, lease: Lease) -> int | None:
+        """In a thread. How many samples the group is finished with; None: too few, or it is not ours any more."""
+        group = lease.group
+        missing = self.store.missing_samples(group)
+        if (stored := group.samples - len(missing)) < LEAST_OF_A_GROUP:
+            return None
+        ids = prompt_ids(group, self.player.codec, self.player.context)
+        for sample in missing:
+            self._keep(failed_sample(group, sample, ids), lease)
+        return stored if self.store.finish(lease) else None
 
     async def _fail(self, lease: Lease, reason: str) -> None:
         buried = await to_the_end(self._run(self.store.fail, lease, reason, self.config.max_attempts))
@@ -225,11 +248,20 @@ class Worker:
             logger.info("handed back %d groups", sum(back))
 
 
-async def to_the_end(work: Awaitable[T]) -> T:
-    """Await what must not be left half-done: a cancellation is passed on only once `work` is over."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        raise
+def failed_sample(group: PromptGroup, sample: int, ids: list[int]) -> Trajectory:
+    """What stands for a sample that was not there in time: no token after the prompt `ids`, so nothing in it to train on."""
+    return Trajectory(
+        id=f"{group.group_id}/{sample}",
+        group_id=group.group_id,
+        prompt_ids=ids,
+        response_ids=[],
+        logprobs=[],
+        spans=[],
+        status="failed",
+        stop_reason="late",
+        temperature=group.sampling.temperature,
+        question=group.question,
+        source=group.source,
+        golden_answers=group.golden_answers,
+        attempt=group.attempt,
+    )

@@ -37,7 +37,11 @@ class CompleteGroup(msgspec.Struct, frozen=True):
 
     @property
     def rewards(self) -> list[float]:
-        return [trajectory.reward or 0.0 for trajectory in self.trajectories]
+        """In sample order. A sample that failed (a late group was released without it) takes the mean of the others: it has
+        no token to train on, and so it leaves the group's baseline as it is."""
+        played = [trajectory.reward or 0.0 for trajectory in self.trajectories if trajectory.status != "failed"]
+        mean = sum(played) / len(played) if played else 0.0
+        return [mean if trajectory.status == "failed" else trajectory.reward or 0.0 for trajectory in self.trajectories]
 
     def staleness(self, version: int) -> int:
         """How many versions the oldest model token lags behind `version`; 0 if the model wrote nothing."""

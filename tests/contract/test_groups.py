@@ -65,6 +65,36 @@ def test_the_first_stored_attempt_wins(store: GroupStore) -> None:
     assert store.load("t0/0").answer == "Paris"
 
 
+@pytest.mark.parametrize("moved_on", ["finish", "hand_back", "fail", "bury", "release"])
+def test_a_trajectory_that_comes_after_its_group_has_moved_on_is_refused(store: GroupStore, moved_on: str) -> None:
+    store.feed(make_group(samples=1))
+    (lost,) = store.lease("slow", 1, 10)
+    (lease,) = store.claim("quick", lease_s=0, count=1)
+    moves = {"fail": lambda: store.fail(lease, "x", 3), "bury": lambda: store.bury(lease, "x")}
+    moves["release"] = lambda: store.release("t0", ["t0/0"], [])
+    moves.get(moved_on, lambda: getattr(store, moved_on)(lease))()
+    assert not store.store(make_trajectory(), lost)
+    assert store.load("t0/0") is None
+
+
+def test_what_a_former_holder_has_finished_counts_while_the_group_is_played(store: GroupStore) -> None:
+    store.feed(make_group(samples=2))
+    (lost,) = store.lease("slow", 1, 10)
+    (lease,) = store.claim("quick", lease_s=0, count=1)
+    assert store.store(make_trajectory(), lost)
+    assert store.missing_samples(lease.group) == [1]
+
+
+def test_an_abandoned_group_behind_many_living_ones_is_found(store: GroupStore) -> None:
+    for index in range(60):
+        store.feed(make_group(f"t{index}"))
+    living, (abandoned,) = store.lease("a", 59, 10), store.lease("b", 1, 10)
+    threading.Event().wait(0.4)
+    assert len(store.refresh("a", living)) == 59
+    assert [lease.entry_id for lease in store.claim("c", lease_s=0.3, count=1)] == [abandoned.entry_id]
+    assert store.claim("c", lease_s=0.3, count=1) == []
+
+
 def test_missing_samples_are_those_not_stored(store: GroupStore) -> None:
     group = make_group(samples=4)
     store.store(make_trajectory(sample=2))
@@ -129,13 +159,24 @@ def test_a_group_is_tried_again_then_buried_with_its_reason(store: GroupStore) -
     assert store.feed(make_group()), "a buried group may be fed again"
 
 
-def test_a_worker_that_lost_its_lease_cannot_move_the_group(store: GroupStore) -> None:
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_worker_that_lost_its_lease_cannot_move_the_group(store: GroupStore, finished: bool) -> None:
     store.feed(make_group())
     (lost,) = store.lease("a", 1, 10)
     (lease,) = store.claim("b", lease_s=0, count=1)
-    assert store.finish(lease)
+    assert not finished or store.finish(lease)
     assert not store.finish(lost) and not store.hand_back(lost) and not store.bury(lost, "late")
-    assert store.accounts().finished == 1
+    store.fail(lost, "late", max_attempts=3)
+    accounts = store.accounts()
+    assert (accounts.finished, accounts.leased, accounts.waiting) == ((1, 0, 0) if finished else (0, 1, 0))
+
+
+def test_a_refresh_does_not_take_back_what_another_has_claimed(store: GroupStore) -> None:
+    store.feed(make_group())
+    (lost,) = store.lease("a", 1, 10)
+    (lease,) = store.claim("b", lease_s=0, count=1)
+    assert store.refresh("a", [lost]) == set()
+    assert store.finish(lease)
 
 
 def test_an_unacknowledged_notice_is_read_again_by_the_next_trainer(store: GroupStore) -> None:
@@ -221,9 +262,10 @@ class Accounting(RuleBasedStateMachine):
     @rule(pick=st.integers(0, 9))
     def play_a_sample(self, pick: int) -> None:
         if self.leases:
-            group = self.leases[pick % len(self.leases)].group
+            lease = self.leases[pick % len(self.leases)]
+            group = lease.group
             for sample in self.store.missing_samples(group)[:1]:
-                self.store.store(make_trajectory(group.group_id, sample))
+                self.store.store(make_trajectory(group.group_id, sample), lease)
 
     @rule(pick=st.integers(0, 9))
     def finish(self, pick: int) -> None:
@@ -270,6 +312,11 @@ class Accounting(RuleBasedStateMachine):
         accounts = self.store.accounts()
         accounts.check()
         assert accounts.fed == self.fed
+
+    @invariant()
+    def every_trajectory_belongs_to_a_group_in_flight(self) -> None:
+        groups = {key.decode().split("trajectory:")[1].split("/")[0] for key in self.store.client.keys("*trajectory*")}
+        assert groups <= self.store.in_flight()
 
 
 def test_every_group_is_accounted_for_under_any_order_of_moves(store: GroupStore) -> None:

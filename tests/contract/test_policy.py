@@ -81,6 +81,30 @@ def test_an_engine_that_leaves_is_gone_at_once(board: PolicyBoard) -> None:
     assert [report.engine_id for report in board.live_engines()] == ["b"]
 
 
+def test_an_engine_is_held_by_one_worker_at_a_time_and_the_holder_may_renew(board: PolicyBoard) -> None:
+    assert board.hold("http://e", "a", 5)
+    assert not board.hold("http://e", "b", 5)
+    assert board.hold("http://e", "a", 5)
+    assert board.hold("http://other", "b", 5)
+
+
+def test_a_hold_ends_when_it_is_let_go_by_its_holder_only(board: PolicyBoard) -> None:
+    board.hold("http://e", "a", 5)
+    board.let_go("http://e", "b")
+    assert not board.hold("http://e", "b", 5)
+    board.let_go("http://e", "a")
+    assert board.hold("http://e", "b", 5)
+
+
+def test_a_hold_runs_out_and_the_note_of_a_pause_stays(board: PolicyBoard) -> None:
+    board.hold("http://e", "dead", 0.1)
+    board.note_pause("http://e", "dead")
+    wait_until(lambda: board.hold("http://e", "b", 5), 5)
+    assert board.may_be_paused("http://e")
+    board.note_resume("http://e")
+    assert not board.may_be_paused("http://e")
+
+
 def test_runs_share_neither_policy_nor_engines(redis_client: redis.Redis) -> None:
     one, other = PolicyBoard(redis_client, "one"), PolicyBoard(redis_client, "other")
     one.commit(version(1))

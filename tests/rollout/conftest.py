@@ -19,11 +19,13 @@ from services.contract.groups import GroupStore
 from services.contract.policy import PolicyBoard, PolicyVersion
 from services.rollout.engine import Engine
 from services.rollout.engine_process import usable_context
+from services.rollout.engines import EnginePool, Member
 from services.rollout.episode import Generate, Player
 from services.rollout.grading import Grading
-from services.rollout.policy_watcher import PolicyWatcher
+from services.rollout.own_engine import OwnEngine
+from services.rollout.policy_watcher import PolicyWatcher, VersionFiles
 from services.rollout.retrieval import Retriever
-from services.rollout.service import run_in
+from services.rollout.tasks import run_in
 from services.rollout.worker import Worker
 from tests.rollout.standins import StandInRetriever
 from tests.rollout.tiny_model import make_model
@@ -49,7 +51,7 @@ def retriever() -> Iterator[StandInRetriever]:
 
 
 def make_config(model: Path, folder: Path, redis_url: str = "redis://127.0.0.1:1/0", url: str = "", **rollout: Any) -> Config:
-    engine = {"threads": 1, "max_total_tokens": 8192, "start_timeout_s": 280, "health_interval_s": 2, "log_level": "info"}
+    engine = {"threads": 1, "max_total_tokens": 8192, "start_timeout_s": 900, "health_interval_s": 2, "log_level": "info"}
     values = {"concurrency": 8, "lease_s": 2, "retrieval_retries": 2, "max_attempts": 2, "engine": engine} | rollout
     return Config.model_validate(
         {
@@ -64,31 +66,39 @@ def make_config(model: Path, folder: Path, redis_url: str = "redis://127.0.0.1:1
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Engine]:
+async def engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[OwnEngine]:
     """The real SGLang, started once; it serves the tiny model as version 0 at the start of each test that asks for `served`."""
     folder = tmp_path_factory.mktemp("engine")
-    engine = Engine(make_config(tiny_model, folder), folder / "engine.log")
+    engine = OwnEngine(make_config(tiny_model, folder), folder / "engine.log")
     await engine.start(str(tiny_model), 0)
     yield engine
     await engine.stop()
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def served(engine: Engine, tiny_model: Path) -> Engine:
+async def served(engine: OwnEngine, tiny_model: Path) -> OwnEngine:
     """The engine, running, with version 0."""
     if not engine.running:
         await engine.start(str(tiny_model), 0)
     elif await engine.reported_version() != "0":
-        await engine.pause()
-        await engine.load(str(tiny_model), 0)
-        await engine.resume()
+        await engine.update(str(tiny_model), 0)
     return engine
+
+
+class Generating:
+    """The real engine, but for its `generate`."""
+
+    def __init__(self, engine: Engine, generate: Generate) -> None:
+        self._engine, self.generate = engine, generate
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
 
 
 class Bench:
     """Redis, the engine and the retriever, on which a test runs workers of its own in this process."""
 
-    def __init__(self, client: redis.Redis, model: Path, folder: Path, url: str, engine: Engine) -> None:
+    def __init__(self, client: redis.Redis, model: Path, folder: Path, url: str, engine: OwnEngine) -> None:
         redis_url = f"redis://127.0.0.1:{client.connection_pool.connection_kwargs['port']}/0"
         self.client, self.model, self.engine = client, model, engine
         self.configure: Callable[..., Config] = lambda **rollout: make_config(model, folder, redis_url, url, **rollout)
@@ -101,15 +111,17 @@ class Bench:
         """A worker with all its loops but the supervisor's, over the engine that already runs; leaving kills it: no goodbye."""
         config = self.configure(**rollout)
         pool = ThreadPoolExecutor(8)
-        watcher = PolicyWatcher(config, self.board, self.engine, name, run_in(pool))
+        engine = self.engine if generate is None else Generating(self.engine, generate)
+        watcher = PolicyWatcher(VersionFiles(config), self.board, engine, name, run_in(pool))  # type: ignore[arg-type]
+        members = [Member(engine, watcher, config.rollout)]  # type: ignore[arg-type]
         async with Retriever(config.retriever.url, config.rollout) as retriever:
-            player = Player(generate or self.engine.generate, retriever.retrieve, Codec.load(self.model), usable_context(config))
-            worker = Worker(name, config.rollout, self.store, Grading(config), player, watcher, run_in(pool))
+            player = Player(self.engine.generate, retriever.retrieve, Codec.load(self.model), usable_context(config))
+            worker = Worker(name, config.rollout, self.store, Grading(config), player, EnginePool(members), run_in(pool))
             await watcher.serves(int(await self.engine.reported_version()))
             stop = asyncio.Event()
             worker.stop = stop  # type: ignore[attr-defined]
             taking = asyncio.create_task(worker.take_groups(stop))
-            loops = [asyncio.create_task(worker.keep_leases()), asyncio.create_task(_follow(watcher))]
+            loops = [asyncio.create_task(loop) for loop in (worker.keep_leases(), _follow(watcher), worker.engines.look())]
             try:
                 yield worker
             finally:
@@ -145,5 +157,7 @@ async def _follow(watcher: PolicyWatcher) -> None:
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def bench(redis_client: redis.Redis, tiny_model: Path, tmp_path: Path, retriever: StandInRetriever, served: Engine) -> Bench:
+async def bench(
+    redis_client: redis.Redis, tiny_model: Path, tmp_path: Path, retriever: StandInRetriever, served: OwnEngine
+) -> Bench:
     return Bench(redis_client, tiny_model, tmp_path, retriever.url, served)

@@ -19,7 +19,7 @@ from services.rollout.retrieval import Retriever
 from services.rollout.tokens import prompt_ids
 from tests.conftest import free_port
 from tests.factories import make_group, make_sampling
-from tests.rollout.fake_engine import FakeEngine, turn
+from tests.rollout.scripted_engine import ScriptedEngine, turn
 from tests.rollout.standins import StandInRetriever
 
 ROWS = [
@@ -33,7 +33,7 @@ LONG_S = 30.0
 class World:
     """An engine that plays a search and then an answer, a retriever that finds two passages; until a test changes something."""
 
-    def __init__(self, codec: Codec, engine: FakeEngine, retriever: StandInRetriever) -> None:
+    def __init__(self, codec: Codec, engine: ScriptedEngine, retriever: StandInRetriever) -> None:
         self.codec, self.engine, self.retriever = codec, engine, retriever
         self.search, self.answer = (codec.encode(text) for text in ("<search>France</search>", "<answer>Paris</answer>"))
         self.replies = [turn(self.search), turn(self.answer)]
@@ -92,7 +92,7 @@ def logprobs(world: World, *values: object) -> list[list[Any]]:
 
 
 CELLS: dict[tuple[str, str], Cell] = {
-    ("engine", "cannot be reached"): Cell(lambda w: setattr(w.engine, "url", f"http://127.0.0.1:{free_port()}"), "ConnectorError"),
+    ("engine", "cannot be reached"): Cell(lambda w: setattr(w.engine, "url", f"http://127.0.0.1:{free_port()}"), "cannot be reached"),
     ("engine", "hangs up in the middle of an answer"): Cell(lambda w: w.raw(hang_up=True), "ClientPayloadError"),
     ("engine", "answers 500"): Cell(lambda w: w.raw(status=500), "answered 500"),
     ("engine", "takes longer than rollout.request_timeout_s"): Cell(
@@ -154,7 +154,7 @@ CELLS: dict[tuple[str, str], Cell] = {
 @pytest.fixture
 def world(smollm2_codec: Codec, retriever: StandInRetriever, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setattr(retrieval, "FIRST_PAUSE_S", 0.01)
-    engine = FakeEngine()
+    engine = ScriptedEngine()
     yield World(smollm2_codec, engine, retriever)
     engine.close()
 

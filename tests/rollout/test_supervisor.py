@@ -15,24 +15,24 @@ from services.contract import weights
 from services.contract.policy import PolicyVersion
 from services.rollout.engine import Engine
 from services.rollout.failures import EngineError
-from services.rollout.policy_watcher import PolicyWatcher
-from services.rollout.service import run_in
+from services.rollout.policy_watcher import PolicyWatcher, VersionFiles
 from services.rollout.supervisor import Supervisor
+from services.rollout.tasks import run_in
 from tests.factories import make_group, make_sampling
 from tests.rollout.conftest import Bench
 from tests.rollout.standins import StandInRetriever
-from tests.rollout.tiny_model import make_variant
+from tests.rollout.tiny_model import ANSWER, make_variant
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
-async def test_a_killed_engine_is_started_again_and_its_groups_are_finished(
+async def test_a_killed_engine_is_started_again_and_its_episodes_go_on(
     bench: Bench, retriever: StandInRetriever, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed with -9 in the middle of a group; by the time it is back, a newer version is current."""
     retriever.delay_s = 1.0
-    async with bench.worker(max_attempts=5) as worker:
-        watcher = worker.watcher
+    async with bench.worker(max_attempts=1) as worker:
+        watcher = worker.engines.members[0].watcher
         supervisor = Supervisor(bench.engine, watcher, bench.config.rollout.engine)
         monkeypatch.setattr(Supervisor, "_serve", _serve_the_running_engine(Supervisor._serve))
         monkeypatch.setattr(watcher, "follow", _nothing)  # the supervisor follows the board, as in the service
@@ -50,8 +50,9 @@ async def test_a_killed_engine_is_started_again_and_its_groups_are_finished(
         running.cancel()
     assert bench.engine.pid != first and await bench.engine.reported_version() == "4"
     trajectories = [t for t in bench.store.load_many(["t0/0", "t0/1"]) if t]
-    assert len(trajectories) == 2 and {t.lowest_version for t in trajectories} == {4}
-    assert all(trajectory.attempt > 1 for trajectory in trajectories)
+    assert [t.answer for t in trajectories] == [ANSWER] * 2
+    for trajectory in trajectories:  # the search is the old engine's, the answer the new one's
+        assert [span.versions[0].version for span in trajectory.spans if span.kind == "model"] == [0, 4]
 
 
 def _serve_the_running_engine(serve: Any) -> Any:
@@ -76,6 +77,7 @@ class EngineStandIn:
     """A stand-in whose health a test decides; it counts starts."""
 
     def __init__(self) -> None:
+        self.name = "w"
         self.running, self.healthy, self.starts, self.last_answer, self.url = False, True, 0, 0.0, ""
         self.fails_to_start = 0
 
@@ -103,7 +105,7 @@ def make_supervisor(bench: Bench, engine: EngineStandIn, monkeypatch: pytest.Mon
     monkeypatch.setattr("services.rollout.supervisor.FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr("services.rollout.supervisor.POLL_S", 0.01)
     config = bench.config.rollout.engine.model_copy(update={"health_interval_s": 0.02})
-    watcher = PolicyWatcher(bench.config, bench.board, engine, "w", run_in(ThreadPoolExecutor(2)))  # type: ignore[arg-type]
+    watcher = PolicyWatcher(VersionFiles(bench.config), bench.board, engine, "w", run_in(ThreadPoolExecutor(2)))  # type: ignore[arg-type]
     return Supervisor(engine, watcher, config), watcher  # type: ignore[arg-type]
 
 

@@ -13,8 +13,9 @@ from services.contract import weights
 from services.contract.messages import PromptGroup, Sampling, Trajectory
 from services.contract.policy import PolicyVersion
 from services.rollout import retrieval
-from services.rollout.engine import Engine, Generation
+from services.rollout.engine import Engine
 from services.rollout.failures import EngineError
+from services.rollout.generation import ABORTED, Generation
 from tests.factories import make_group, make_sampling, make_trajectory
 from tests.rollout.conftest import Bench
 from tests.rollout.standins import StandInRetriever
@@ -148,23 +149,36 @@ async def test_samples_that_went_well_are_kept_when_another_fails(bench: Bench) 
         return await bench.engine.generate(input_ids, sampling, limit)
 
     bench.store.feed(group(temperature=0.0))
-    async with bench.worker(generate=fails_once):
+    async with bench.worker(generate=fails_once, generation_retries=0):
         await bench.until(lambda: bench.store.accounts().finished)
     assert sorted(trajectory.attempt for trajectory in stored(bench, group())) == [1, 1, 2]
 
 
-async def test_an_aborted_turn_is_played_again_and_never_stored(bench: Bench) -> None:
+@pytest.mark.parametrize("failures", [1, 3])
+async def test_a_turn_that_the_engine_breaks_off_is_played_again_at_no_cost_to_the_group(bench: Bench, failures: int) -> None:
     calls: list[int] = []
 
-    async def aborts_once(input_ids: list[int], sampling: Sampling, limit: int) -> Generation:
+    async def breaks_off(input_ids: list[int], sampling: Sampling, limit: int) -> Generation:
         calls.append(1)
-        return Generation([], [], "abort", []) if len(calls) == 1 else await bench.engine.generate(input_ids, sampling, limit)
+        return ABORTED if len(calls) <= failures else await bench.engine.generate(input_ids, sampling, limit)
 
     bench.store.feed(group(samples=1, temperature=0.0))
-    async with bench.worker(generate=aborts_once):
+    async with bench.worker(generate=breaks_off, generation_retries=3):
         await bench.until(lambda: bench.store.accounts().finished)
     (trajectory,) = stored(bench, group(samples=1))
-    assert (trajectory.attempt, trajectory.stop_reason) == (2, "answered")
+    assert (trajectory.attempt, trajectory.stop_reason) == (1, "answered")
+
+
+async def test_an_engine_that_keeps_breaking_off_costs_attempts_and_leaves_no_trajectory(bench: Bench) -> None:
+    async def breaks_off(input_ids: list[int], sampling: Sampling, limit: int) -> Generation:
+        return ABORTED
+
+    bench.store.feed(group(samples=1, temperature=0.0))
+    async with bench.worker(generate=breaks_off, generation_retries=1):
+        await bench.until(lambda: bench.store.accounts().dead)
+    (letter,) = bench.store.read_dead()
+    assert (letter.attempts, letter.reason) == (2, "the engine broke off a turn")
+    assert stored(bench, group(samples=1)) == []
 
 
 @pytest.mark.parametrize(
@@ -193,6 +207,37 @@ async def test_a_deadline_that_passes_costs_an_attempt(bench: Bench, retriever: 
     assert letter.reason == "deadline: not finished within 1 s of being taken"
 
 
+async def test_a_late_group_may_go_on_with_the_samples_it_has(bench: Bench) -> None:
+    sent = group(samples=4, temperature=0.0, deadline_s=10.0)
+    hanging = asyncio.Event()
+
+    async def some_hang(input_ids: list[int], sampling: Sampling, limit: int) -> Generation:
+        calls.append(1)
+        if len(calls) > 3:  # the last sample has its passages and never gets an answer
+            await hanging.wait()
+        return await bench.engine.generate(input_ids, sampling, limit)
+
+    calls: list[int] = []
+    bench.store.feed(sent)
+    bench.store.store(make_trajectory("t0", 0))
+    bench.store.store(make_trajectory("t0", 1))
+    async with bench.worker(generate=some_hang, late_groups="release", concurrency=1):
+        await bench.until(lambda: bench.store.accounts().finished)
+    trajectories = stored(bench, sent)
+    assert [t.status for t in trajectories[:3]] == ["completed"] * 3
+    assert (trajectories[3].status, trajectories[3].stop_reason, trajectories[3].response_ids) == ("failed", "late", [])
+    assert sorted(bench.requested()) == sent.trajectory_ids()
+
+
+async def test_a_late_group_with_a_single_sample_is_played_again(bench: Bench, retriever: StandInRetriever) -> None:
+    retriever.delay_s = 4.0
+    bench.store.feed(group(samples=2, temperature=0.0, deadline_s=1.0))
+    bench.store.store(make_trajectory("t0", 0))
+    async with bench.worker(max_attempts=1, late_groups="release"):
+        await bench.until(lambda: bench.store.accounts().dead, 8)
+    assert bench.store.read_dead()[0].reason.startswith("deadline")
+
+
 async def test_waiting_in_the_stream_does_not_count_towards_the_deadline(bench: Bench) -> None:
     bench.store.feed(group(samples=1, temperature=0.0, deadline_s=2.0))
     await asyncio.sleep(2.5)
@@ -208,7 +253,7 @@ async def test_episodes_in_flight_stay_within_the_concurrency(bench: Bench, retr
     most = 0
     async with bench.worker(concurrency=4) as worker:
         while bench.store.accounts().finished < 4:
-            most = max(most, worker.statistics.in_flight)
+            most = max(most, worker.engines.in_flight)
             await asyncio.sleep(0.02)
     assert 3 <= most <= 4
 
@@ -310,4 +355,4 @@ async def test_a_version_that_verifies_but_does_not_load_stops_the_engine(bench:
         await bench.until(lambda: reported(bench).state == "ready")
         bench.board.commit(PolicyVersion(1, str(path)))
         await bench.until(lambda: not served.running)
-        assert not worker.watcher.caught_up
+        assert not worker.engines.caught_up

@@ -82,7 +82,7 @@ def _contradictions(config: Config) -> list[str]:
         found.append("rollout.max_turn_tokens is above rollout.max_response_tokens: lower it")
     if rollout.max_response_tokens >= config.model.max_context:
         found.append("rollout.max_response_tokens leaves no room for a prompt in model.max_context: lower it")
-    if config.model.max_context > rollout.engine.max_total_tokens:
+    if not rollout.engine.urls and config.model.max_context > rollout.engine.max_total_tokens:
         found.append("rollout.engine.max_total_tokens is below model.max_context: one episode would not fit")
     if trainer.processes % (trainer.tensor_parallel * trainer.pipeline_parallel):
         found.append("trainer.processes must be a multiple of tensor_parallel × pipeline_parallel")
