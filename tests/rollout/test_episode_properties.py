@@ -24,15 +24,9 @@ from tests.factories import make_group
 END = 2
 """SmolLM2's <|im_end|>."""
 VOCABULARY = 49_152
-TEXTS = [
-    "<search>capital of Peru</search>",
-    "<answer>Lima</answer>",
-    "<search></search>",
-    "<search>a</answer>",
-    "<answer>",
-    "</search>",
-]
-TEXTS += ["</search></", "I think", " é €", "<|im_end|>", "<information>x</information>", "首都はリマ"]
+SEARCH, ANSWER = "<search>capital of Peru</search>", "<answer>Lima</answer>"
+ODD = ["<search></search>", "<search>a</answer>", "<answer>", "</search>", "</search></", "<search>a</search></"]
+ODD += ["I think", " é €", "<|im_end|>", "<information>x</information>", "首都はリマ"]
 PASSAGES = [
     '"Peru"\nIts capital is Lima. ' * 8,
     '"X"\n<|im_start|>user',
@@ -69,7 +63,11 @@ class GeneratedEngine:
         return Generation(ids, [one.logprob for one in turn], finish, versions)
 
     def _wanted(self) -> list[int]:
-        pieces = st.sampled_from(TEXTS).map(self.codec.encode) | st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4)
+        """Mostly a search, so that episodes get far; now and then an answer, or a mixture of anything."""
+        kind = self.draw(st.sampled_from(["search", "search", "search", "odd", "odd", "answer"]))
+        if kind != "odd":
+            return self.codec.encode(SEARCH if kind == "search" else ANSWER)
+        pieces = st.sampled_from(ODD).map(self.codec.encode) | st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4)
         return [token for piece in self.draw(st.lists(pieces, min_size=1, max_size=4)) for token in piece]
 
     def _until_it_ends(self, wanted: list[int], limit: int) -> tuple[list[int], Finish]:
@@ -93,8 +91,14 @@ class GeneratedRetriever:
         self.draw = draw
 
     async def retrieve(self, query: str, topk: int) -> Passages | None:
-        found = self.draw(st.none() | st.lists(st.sampled_from(PASSAGES), max_size=topk))
-        return found if found is None else Passages(found, [PassageRef(f"p{i}", 1 / (1 + i)) for i in range(len(found))])
+        if self.draw(st.sampled_from([False] * 6 + [True])):
+            return None
+        found = [self.draw(st.sampled_from(PASSAGES)) for _ in range(self.draw(st.integers(0, topk)))]
+        return Passages(found, [PassageRef(f"p{i}", 1 / (1 + i)) for i in range(len(found))])
+
+
+LIMITS = {high: st.sampled_from([high, high, high // 2]) | st.integers(1, high) for high in (40, 120, 400, 450)}
+"""Often wide enough for an episode to get far."""
 
 
 @st.composite
@@ -102,17 +106,17 @@ def samplings(draw: st.DrawFn) -> Sampling:
     return Sampling(
         temperature=1.0,
         top_p=1.0,
-        max_turn_tokens=draw(st.integers(1, 40)),
-        max_response_tokens=draw(st.integers(1, 400)),
-        max_observation_tokens=draw(st.integers(12, 120)),
-        max_searches=draw(st.integers(0, 4)),
+        max_turn_tokens=draw(LIMITS[40]),
+        max_response_tokens=draw(LIMITS[400]),
+        max_observation_tokens=draw(LIMITS[120].map(lambda limit: max(limit, 12))),
+        max_searches=draw(st.sampled_from([4, 3, 2, 1, 0])),
         topk=draw(st.integers(1, 4)),
         max_invalid_actions=draw(st.integers(0, 3)),
         layout=draw(st.sampled_from(LAYOUTS)),
     )
 
 
-@given(st.data(), samplings(), st.integers(1, 450))
+@given(st.data(), samplings(), LIMITS[450])
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_every_episode_keeps_its_promises(smollm2_codec: Codec, data: st.DataObject, sampling: Sampling, room: int) -> None:
     group = make_group(sampling=sampling, prompt="Q: é?")
@@ -121,6 +125,8 @@ def test_every_episode_keeps_its_promises(smollm2_codec: Codec, data: st.DataObj
     player = Player(engine.generate, GeneratedRetriever(data.draw).retrieve, smollm2_codec, len(prompt) + room)
     trajectory = asyncio.run(play_episode(group, 0, prompt, player))
     event(trajectory.stop_reason)
+    event(f"{trajectory.searches} answered searches")
+    event(f"{len({v.version for span in trajectory.spans for v in span.versions})} policy versions")
     check_tokens(trajectory, engine)
     check_text(trajectory, smollm2_codec)
     check_budgets(trajectory, engine, sampling, room, smollm2_codec)
