@@ -6,8 +6,8 @@ length before they are put together, so padding (on the right) stays small. A ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -32,13 +32,15 @@ class Row:
     """Share of a supervised row relative to others."""
     temperature: float = 1.0
     """Logits are divided by it, as the engine did when it sampled."""
+    token_values: Mapping[str, Sequence[float] | Tensor] = field(default_factory=dict)
+    """Whatever else a loss asks for by name, such as `old_logprobs`: one entry per response token."""
 
     def __post_init__(self) -> None:
         response = len(self.token_ids) - self.prompt_length
         if self.prompt_length < 1 or response < 0:
             raise ValueError(f"a row of {len(self.token_ids)} tokens cannot have prompt_length {self.prompt_length}")
-        for name in ("loss_mask", "engine_logprobs", "reference_logprobs"):
-            values = getattr(self, name)
+        named = {name: getattr(self, name) for name in ("loss_mask", "engine_logprobs", "reference_logprobs")}
+        for name, values in (named | dict(self.token_values)).items():
             if values is not None and len(values) != response:
                 raise ValueError(f"{name} has {len(values)} entries for a response of {response} tokens: give one for each")
         if self.temperature <= 0:
@@ -57,7 +59,7 @@ class Row:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """What a loss needs to know of a micro-batch's model tokens, one after another: all [n], float32."""
+    """What a loss needs to know of a micro-batch's model tokens, row after row: all [n], float32 unless said."""
 
     advantages: Tensor
     engine_logprobs: Tensor | None
@@ -65,6 +67,12 @@ class TokenBatch:
     weights: Tensor
     rollout_tokens: Tensor
     """Model tokens of the token's row."""
+    row_index: Tensor
+    """int64, which of the micro-batch's rows the token is of. Rows are never cut, so sums over a row are sums over these."""
+    token_values: Mapping[str, Tensor]
+    """Those of `Row.token_values` that every row has."""
+    entropy: Tensor | None = None
+    """In nats, with gradient; only for a loss whose `wants_entropy` is true."""
 
 
 @dataclass(frozen=True)
@@ -128,13 +136,20 @@ def micro_batch(rows: Sequence[Row], indices: Sequence[int], device: torch.devic
         positions=torch.tensor([(t - 1) * width + i for i, r in enumerate(chosen) for t in r.targets], device=device),
         targets=torch.tensor([row.token_ids[t] for row in chosen for t in row.targets], device=device),
         temperatures=_per_token([row.temperature for row in chosen], counts, device),
-        tokens=TokenBatch(
-            advantages=_per_token([row.advantage for row in chosen], counts, device),
-            engine_logprobs=_at_model_tokens(chosen, "engine_logprobs", device),
-            reference_logprobs=_at_model_tokens(chosen, "reference_logprobs", device),
-            weights=_per_token([row.weight for row in chosen], counts, device),
-            rollout_tokens=_per_token([float(c) for c in counts], counts, device),
-        ),
+        tokens=_token_batch(chosen, counts, device),
+    )
+
+
+def _token_batch(rows: Sequence[Row], counts: list[int], device: torch.device) -> TokenBatch:
+    shared = set(rows[0].token_values).intersection(*(row.token_values for row in rows))
+    return TokenBatch(
+        advantages=_per_token([row.advantage for row in rows], counts, device),
+        engine_logprobs=_at_model_tokens(rows, [row.engine_logprobs for row in rows], device),
+        reference_logprobs=_at_model_tokens(rows, [row.reference_logprobs for row in rows], device),
+        weights=_per_token([row.weight for row in rows], counts, device),
+        rollout_tokens=_per_token([float(c) for c in counts], counts, device),
+        row_index=torch.arange(len(rows)).repeat_interleave(torch.tensor(counts)).to(device),
+        token_values={name: _required(rows, name, device) for name in sorted(shared)},
     )
 
 
@@ -148,10 +163,17 @@ def _per_token(values: list[float], counts: list[int], device: torch.device) -> 
     return torch.tensor(values, dtype=torch.float32).repeat_interleave(torch.tensor(counts)).to(device)
 
 
-def _at_model_tokens(rows: list[Row], name: str, device: torch.device) -> Tensor | None:
+def _required(rows: Sequence[Row], name: str, device: torch.device) -> Tensor:
+    values = _at_model_tokens(rows, [row.token_values[name] for row in rows], device)
+    assert values is not None
+    return values
+
+
+def _at_model_tokens(rows: Sequence[Row], lists: Sequence[Sequence[float] | Tensor | None], device: torch.device) -> Tensor | None:
     """[n], or None unless every row has it."""
-    lists = [getattr(row, name) for row in rows]
-    if any(values is None for values in lists):
-        return None
-    picked = [float(values[t - row.prompt_length]) for row, values in zip(rows, lists, strict=True) for t in row.targets]
+    picked = []
+    for row, values in zip(rows, lists, strict=True):
+        if values is None:
+            return None
+        picked += [float(values[t - row.prompt_length]) for t in row.targets]
     return torch.tensor(picked, dtype=torch.float32, device=device)
