@@ -18,11 +18,11 @@ redis.call('HSET', KEYS[2], ARGV[4], 'fed ' .. id)
 return 1
 """
 
-# KEYS: prompts, states. ARGV: consumer group, entry id, group id, samples.
+# KEYS: prompts, states. ARGV: consumer group, entry id, group id, samples. The time of finishing is noted for those who watch.
 FINISH = """
 if redis.call('XACK', KEYS[1], ARGV[1], ARGV[2]) == 0 then return 0 end
 redis.call('XDEL', KEYS[1], ARGV[2])
-redis.call('HSET', KEYS[2], ARGV[3], 'finished ' .. ARGV[4])
+redis.call('HSET', KEYS[2], ARGV[3], 'finished ' .. ARGV[4] .. ' ' .. redis.call('TIME')[1])
 return 1
 """
 
