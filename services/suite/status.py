@@ -22,7 +22,7 @@ from services.suite.observe import LOOK_ERRORS, NoRun, Observer, Snapshot
 from services.suite.redis_address import problem_in_words, with_address
 from services.suite.run_files import Part, Progress, read_parts, read_progress
 from services.suite.status_view import render
-from services.suite.text import make_console
+from services.suite.text import make_console, say
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -75,17 +75,17 @@ def print_once(config: Config, as_json: bool) -> bool:
     if as_json:
         print(json.dumps(msgspec.to_builtins(status), indent=1))  # ASCII only, so nothing in it can steer a terminal
     else:
-        make_console().print(render(status))
+        say(render(status))
     return status.redis is not None
 
 
 def watch(config: Config, every_s: float) -> None:
     """Draw the table again and again until Ctrl-C; the last one stays on the screen."""
-    console, eyes = make_console(), Watch(config)
+    eyes = Watch(config)
     status = eyes.look()
-    with contextlib.suppress(KeyboardInterrupt), Live(console=console, screen=True, auto_refresh=False) as live:
+    with contextlib.suppress(KeyboardInterrupt), Live(console=make_console(), screen=True, auto_refresh=False) as live:
         while True:
             live.update(render(status), refresh=True)
             time.sleep(every_s)
             status = eyes.look()
-    console.print(render(status))
+    say(render(status))

@@ -80,7 +80,7 @@ def _redis_facts(seen: Snapshot) -> list[tuple[str, list[str]]]:
 def _ages(queues: Queues) -> list[str]:
     lease = f"leased {_age(queues.leased_s)}"
     if queues.leased_s is not None:
-        lease += f" by {queues.leased_by}"
+        lease += f" since fed, by {queues.leased_by}"
     silence = [] if queues.silent_s is None else [f"longest silence of a lease {_age(queues.silent_s)}"]
     ages = [f"waiting {_age(queues.waiting_s)}", lease, f"ungraded {_age(queues.ungraded_s)}", f"graded {_age(queues.graded_s)}"]
     return ages + silence

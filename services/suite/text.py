@@ -16,7 +16,7 @@ import os
 import re
 import sys
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.text import Text
 
 PIPE_WIDTH = 160
@@ -53,10 +53,20 @@ def cell(text: object, style: str = "") -> Text:
     return Text(one_line(str(text)), style=style)
 
 
-def make_console(width: int | None = None) -> Console:
+def make_console() -> Console:
     """The terminal, or a pipe: then without colours, wide, and never failing on a character that its encoding lacks."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    if width is None and not sys.stdout.isatty() and "COLUMNS" not in os.environ:
-        width = PIPE_WIDTH
-    return Console(highlight=False, markup=False, emoji=False, width=width, soft_wrap=False)
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
+    return Console(highlight=False, markup=False, emoji=False, width=width)
+
+
+def say(what: RenderableType) -> None:
+    """Print a drawing; into a pipe without the spaces that fill its lines."""
+    console = make_console()
+    if console.is_terminal:
+        console.print(what)
+        return
+    with console.capture() as capture:
+        console.print(what)
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()))

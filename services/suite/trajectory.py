@@ -19,7 +19,7 @@ from services.contract.messages import Trajectory
 from services.suite.catalogue import NotFound, RedisShelf, Transcripts, resolve
 from services.suite.episodes import Episode, from_trajectory, tokens_of
 from services.suite.redis_address import problem_in_words, with_address
-from services.suite.text import make_console, one_line
+from services.suite.text import one_line, say
 from services.suite.trajectory_view import render_episode, render_list
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ def list_latest(config: Config, count: int, as_json: bool) -> None:
     if as_json:
         _print_json(list(found.values()))
     elif found:
-        make_console().print(render_list(list(found.values())))
+        say(render_list(list(found.values())))
     else:
         print(f"run {config.run.name} has no trajectory yet, neither in Redis nor in {config.run.folder}", file=sys.stderr)
 
@@ -48,7 +48,7 @@ def show(config: Config, wanted: str, with_tokens: bool, as_json: bool) -> None:
     if as_json:
         _print_json(episode)
     else:
-        make_console().print(render_episode(episode))
+        say(render_episode(episode))
 
 
 def find(config: Config, wanted: str, with_tokens: bool) -> Episode:

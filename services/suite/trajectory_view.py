@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 from rich.console import Group, RenderableType
-from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
@@ -22,10 +21,10 @@ _BLOCK = re.compile(rf"<({'|'.join(BLOCK_STYLES)})>.*?</\1>", re.DOTALL)
 
 
 def render_list(episodes: list[Episode]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False, expand=True)
     table.add_column("trajectory", overflow="fold", no_wrap=True)
     for number in ("reward", "searches"):
-        table.add_column(number, justify="right")
+        table.add_column(number, justify="right", no_wrap=True, min_width=8)
     table.add_column("ended", no_wrap=True)
     table.add_column("kept in", no_wrap=True)
     for text in ("answer", "question"):
@@ -42,7 +41,7 @@ def render_episode(episode: Episode) -> RenderableType:
     for number, turn in enumerate(episode.turns, 1):
         blocks += _turn(number, turn)
     if episode.tokens:
-        blocks += [Rule(Text("tokens"), align="left"), _tokens(episode.tokens)]
+        blocks += [_heading("tokens"), _tokens(episode.tokens)]
     return Group(*blocks)
 
 
@@ -94,6 +93,10 @@ def _logprobs(logprobs: Logprobs) -> str:
     return f"mean {logprobs.mean:.3f}  lowest {logprobs.lowest:.3f}"
 
 
+def _heading(text: str) -> Text:
+    return cell(f"── {text} ──", "dim")
+
+
 # -- the turns ---------------------------------------------------------------------------------------------------------
 
 
@@ -105,7 +108,7 @@ def _turn(number: int, turn: Turn) -> list[RenderableType]:
     facts += [_logprobs(turn.logprobs)] if turn.logprobs else []
     facts += [f'search "{turn.query}"'] if turn.query is not None else []
     facts += [f"{turn.latency_s:.2f} s"] if turn.latency_s else []
-    blocks: list[RenderableType] = [Rule(cell("  ".join(facts)), align="left", style="dim")]
+    blocks: list[RenderableType] = [_heading("  ".join(facts))]
     if turn.passages:
         blocks.append(cell("passages  " + "  ".join(f"{p.id} ({p.score:.3f})" for p in turn.passages), SHOWN_STYLE))
     return [*blocks, written(turn.text) if own else Text(visible(turn.text.strip()), style=SHOWN_STYLE)]

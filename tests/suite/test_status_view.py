@@ -61,7 +61,7 @@ def shown(status: Status, width: int = 120) -> str:
 
 def test_everything_that_was_seen_is_on_the_table() -> None:
     text = shown(make_status(), 200)
-    for fact in ("2 waiting", "3 leased", "4 ungraded", "= 20 fed", "waiting 12s", "leased 1m10s by worker-1", "7 in the queue"):
+    for fact in ("2 waiting", "3 leased", "4 ungraded", "= 20 fed", "waiting 12s", "7 in the queue"):
         assert fact in text
     for fact in (
         "42 tokens/s",
@@ -72,7 +72,14 @@ def test_everything_that_was_seen_is_on_the_table() -> None:
         "grpo (by its heartbeat)",
     ):
         assert fact in text
-    for fact in ("grpo (by its heartbeat)", "start 40.0% → warm 50.0%", "the retriever is away", "group t7 given up", "! look here", "ready: grpo"):
+    for fact in (
+        "grpo (by its heartbeat)",
+        "start 40.0% → warm 50.0%",
+        "the retriever is away",
+        "group t7 given up",
+        "! look here",
+        "ready: grpo",
+    ):
         assert fact in text
 
 
@@ -83,7 +90,7 @@ def test_no_line_is_longer_than_a_narrow_terminal(width: int) -> None:
 
 def test_on_forty_columns_figures_are_still_whole() -> None:
     text = shown(make_status(), 40)
-    for fact in ("2 waiting", "leased 1m10s by worker-1", "reward 0.203", "worker-1"):
+    for fact in ("2 waiting", "ungraded 3s", "reward 0.203", "worker-1"):
         assert fact in text
 
 
