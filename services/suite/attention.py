@@ -45,7 +45,7 @@ def _engines(seen: Snapshot) -> Iterator[str]:
 def _queues(config: Config, queues: Queues) -> Iterator[str]:
     if queues.silent_s is not None and queues.silent_s > config.rollout.lease_s:
         silence = format_seconds(queues.silent_s)
-        yield f"a worker has shown no sign of life for {silence}: its groups wait for another to take them over"
+        yield f"worker {queues.silent_by} has shown no sign of life for {silence}: its groups wait for another to take them over"
     if queues.ungraded_s is not None and queues.ungraded_s > 2 * config.reward.time_limit_s:
         yield f"a finished group has waited {format_seconds(queues.ungraded_s)} to be graded: is a reward worker running?"
 

@@ -14,7 +14,7 @@ import redis
 
 from services.contract.config import Config
 from services.contract.grading import grading_queue
-from services.contract.groups import ROLLOUT_GROUP, Accounts, GroupStore
+from services.contract.groups import ROLLOUT_GROUP, TRAINER_GROUP, Accounts, GroupStore
 from services.contract.messages import DeadLetter, decode_dead
 from services.contract.policy import ALIVE_S, EngineReport, PolicyVersion
 from services.contract.store import Keys
@@ -23,6 +23,8 @@ from services.suite.speed import Speed, Speedometer
 from services.suite.tolerant import Tolerant
 
 LEASES_LOOKED_AT, LETTERS_LOOKED_AT, EVENTS_SHOWN = 1000, 500, 8
+LOOK_ERRORS = (redis.RedisError, OSError)
+"""What a look may run into; `redis_address.problem_in_words` says it to a person."""
 _NUMBERS = re.compile(r"\d+")
 
 
@@ -55,10 +57,11 @@ class Queues(msgspec.Struct, frozen=True):
     leased_by: str
     silent_s: float | None
     """Of all leases, the longest time without a sign of life from the worker."""
+    silent_by: str
     ungraded_s: float | None
     """Since its worker finished it."""
     graded_s: float | None
-    """Of the notices that wait for the trainer or for its checkpoint."""
+    """Of the notices that the trainer has not read yet."""
     grading: int
     """Messages that wait for a grader."""
     in_hand: int
@@ -198,23 +201,25 @@ class Observer:
 
     def _queues(self, now: float) -> Queues:
         leases = self.client.xpending_range(self.keys.prompts, ROLLOUT_GROUP, "-", "+", LEASES_LOOKED_AT)
-        graded = self.client.xrange(self.keys.graded, count=1)
+        oldest = leases[0] if leases else {}
+        silent = max(leases, key=lambda lease: lease["time_since_delivered"], default={})
         return Queues(
-            waiting_s=self._oldest_waiting(now),
-            leased_s=_age(now, leases[0]["message_id"]) if leases else None,
-            leased_by=leases[0]["consumer"].decode(errors="replace") if leases else "",
-            silent_s=max((lease["time_since_delivered"] / 1000 for lease in leases), default=None),
+            waiting_s=self._oldest_unread(now, self.keys.prompts, ROLLOUT_GROUP),
+            leased_s=_age(now, oldest["message_id"]) if oldest else None,
+            leased_by=oldest.get("consumer", b"").decode(errors="replace"),
+            silent_s=silent["time_since_delivered"] / 1000 if silent else None,
+            silent_by=silent.get("consumer", b"").decode(errors="replace"),
             ungraded_s=self._oldest_ungraded(now),
-            graded_s=_age(now, graded[0][0]) if graded else None,
+            graded_s=self._oldest_unread(now, self.keys.graded, TRAINER_GROUP),
             grading=self.broker.llen(grading_queue(self.config.run.name)),
             in_hand=self.broker.hlen("unacked"),
         )
 
-    def _oldest_waiting(self, now: float) -> float | None:
-        """The first entry after the last that was given to a worker."""
-        groups = {group["name"]: group for group in self.client.xinfo_groups(self.keys.prompts)}
-        last = groups.get(ROLLOUT_GROUP.encode(), {}).get("last-delivered-id", b"0-0").decode()
-        entries = self.client.xrange(self.keys.prompts, min=f"({last}", count=1)
+    def _oldest_unread(self, now: float, stream: str, group: str) -> float | None:
+        """Age of the first entry after the last that was given to a consumer."""
+        groups = {found["name"]: found for found in self.client.xinfo_groups(stream)}
+        last = groups.get(group.encode(), {}).get("last-delivered-id", b"0-0").decode()
+        entries = self.client.xrange(stream, min=f"({last}", count=1)
         return _age(now, entries[0][0]) if entries else None
 
     def _oldest_ungraded(self, now: float) -> float | None:
@@ -264,7 +269,3 @@ def _balanced(accounts: Accounts) -> bool:
     except AssertionError:
         return False
     return True
-
-
-# What a look may run into; `redis_address.problem_in_words` says it.
-LOOK_ERRORS = (redis.RedisError, OSError)

@@ -93,7 +93,8 @@ def _trainer_facts(progress: Progress) -> list[tuple[str, list[str]]]:
     rows = [("trainer", [stage, f"journal written {_age(progress.written_s)} ago"])]
     if progress.step:
         rows.append((f"step {progress.step.get('step')}/{progress.steps}", _step_figures(progress.step)))
-        rows.append(("rewards", [sparkline(progress.rewards)]))
+        if len(progress.rewards) > 1:
+            rows.append(("rewards", [sparkline(progress.rewards)]))
     elif row := progress.warm_start:
         rows.append((f"warm start {row.get('step')}", [f"{name} {_number(row, name, '{:.3f}')}" for name in ("loss", "grad_norm")]))
     if progress.evaluations:

@@ -92,7 +92,7 @@ def test_the_age_of_the_oldest_in_every_queue(config: Config, store: GroupStore)
     queues = look(config).queues
     ages = (queues.waiting_s, queues.leased_s, queues.ungraded_s, queues.graded_s, queues.silent_s)
     assert all(age is not None and 1 <= age < 60 for age in ages), ages
-    assert queues.leased_by == "w2"
+    assert queues.leased_by == queues.silent_by == "w2"
 
 
 def test_queues_that_are_empty_have_no_age(config: Config, store: GroupStore) -> None:
@@ -107,6 +107,13 @@ def test_the_oldest_that_waits_is_not_one_that_is_leased(config: Config, store: 
     store.feed(make_group("t1"))
     waiting = look(config).queues.waiting_s
     assert waiting is not None and waiting < 1
+
+
+def test_what_the_trainer_has_read_waits_no_more(config: Config, store: GroupStore) -> None:
+    play(store, "t0", graded=2)
+    assert look(config).queues.graded_s is not None
+    store.read_graded(10, 10)
+    assert look(config).queues.graded_s is None
 
 
 def test_groups_finished_before_times_were_noted_have_no_age(config: Config, store: GroupStore) -> None:

@@ -21,7 +21,7 @@ from services.suite.text import one_line, visible
 from tests.suite.conftest import drawn
 
 ACCOUNTS = Accounts(fed=20, waiting=2, leased=3, dead=1, ungraded=4, graded_waiting=0, collected=5, released=5)
-QUEUES = Queues(12.0, 70.0, "worker-1", 2.0, 3.0, None, grading=7, in_hand=1)
+QUEUES = Queues(12.0, 70.0, "worker-1", 2.0, "worker-2", 3.0, None, grading=7, in_hand=1)
 ENGINE = Engine("worker-1", "ready", 4, 5, "http://x", 1, 1.0, groups=3, tokens_per_s=42.0)
 SNAPSHOT = Snapshot(
     server=Server(3 << 20, 0, 9, writes_ok=True),
@@ -115,7 +115,7 @@ HOSTILE = "\x1b[2J\x1b]0;title\x07 [red]markup[/red] \r\x08\x9b31m \u202eabc\nne
 def test_no_text_of_others_reaches_the_terminal_as_a_command() -> None:
     dead, event = DeadReason(1, HOSTILE, HOSTILE, 1.0), Event(1.0, HOSTILE)
     engine = msgspec.structs.replace(ENGINE, engine_id=HOSTILE, state=HOSTILE)
-    queues = msgspec.structs.replace(QUEUES, leased_by=HOSTILE)
+    queues = msgspec.structs.replace(QUEUES, leased_by=HOSTILE, silent_by=HOSTILE)
     seen = msgspec.structs.replace(SNAPSHOT, dead=[dead], events=[event], engines=[engine], queues=queues)
     progress = msgspec.structs.replace(PROGRESS, stage=HOSTILE, step={"step": HOSTILE, "reward": HOSTILE})
     text = drawn(render(make_status(redis=seen, trainer=progress, parts=[Part(HOSTILE, HOSTILE, 1.0)], attention=[HOSTILE])), 400)
@@ -166,7 +166,7 @@ def test_a_run_that_goes_well_asks_for_nothing() -> None:
         ({"engines": []}, "2 group(s) wait and no engine is alive"),
         ({"engines": [ENGINE, msgspec.structs.replace(ENGINE, engine_id="e2", reported_s=None)]}, "e2 has fallen silent"),
         ({"engines": [msgspec.structs.replace(ENGINE, state="stale")]}, "cannot load version 4"),
-        ({"queues": msgspec.structs.replace(QUEUES, silent_s=61.0)}, "no sign of life for 1m01s"),
+        ({"queues": msgspec.structs.replace(QUEUES, silent_s=61.0)}, "worker worker-2 has shown no sign of life for 1m01s"),
         ({"queues": msgspec.structs.replace(QUEUES, ungraded_s=61.0)}, "waited 1m01s to be graded"),
         ({"dead": SNAPSHOT.dead}, "1 group(s) given up, the last 1m30s ago: the retriever is away"),
         ({"server": Server(1, 0, 1, writes_ok=False)}, "could not write its append-only file"),
