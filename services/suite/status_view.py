@@ -62,7 +62,9 @@ def _head(status: Status) -> Text:
     if seen.staged is not None and seen.staged != seen.current:
         head.append(f", {seen.staged} staged", style="cyan")
     server = seen.server
-    return head.append(f"  {status.redis_url} {server.memory_bytes / 2**20:.1f} MiB, {server.clients} clients", style="dim")
+    return head.append(
+        f"  {one_line(status.redis_url)} {server.memory_bytes / 2**20:.1f} MiB, {server.clients} clients", style="dim"
+    )
 
 
 def _redis_facts(seen: Snapshot) -> list[tuple[str, list[str]]]:
