@@ -56,12 +56,12 @@ return 1
 """
 )
 
-# KEYS: prompts, states. ARGV: consumer group, entry id, worker, group id, samples.
+# KEYS: prompts, states. ARGV: consumer group, entry id, worker, group id, samples.  The time is noted for those who watch.
 FINISH = (
     _HOLDS
     + """
 if not take_off(KEYS[1], ARGV[1], ARGV[2], ARGV[3]) then return 0 end
-redis.call('HSET', KEYS[2], ARGV[4], 'finished ' .. ARGV[5])
+redis.call('HSET', KEYS[2], ARGV[4], 'finished ' .. ARGV[5] .. ' ' .. redis.call('TIME')[1])
 return 1
 """
 )

@@ -37,6 +37,7 @@ def up(
 ) -> None:
     """Start the whole suite as local processes, train to the end, stop everything. Ctrl-C stops it sooner and loses nothing."""
     from services.suite.plan import make_plan
+    from services.suite.redis_address import address_file
     from services.suite.supervisor import SuiteFailed, Supervisor
 
     logger = configure_logging("suite")
@@ -45,19 +46,22 @@ def up(
     lock = _lock(folder)
     _refuse_taken_port(resolved)
     port = _free_port()
-    environment = os.environ | SHARED_ENVIRONMENT | {"FORAGE_REDIS__URL": f"redis://127.0.0.1:{port}/0"}
+    redis_url = f"redis://127.0.0.1:{port}/0"
+    environment = os.environ | SHARED_ENVIRONMENT | {"FORAGE_REDIS__URL": redis_url}
     plan = make_plan(resolved, config, folder, port, rollout)
     address = resolved.retriever.url
     supervisor = Supervisor(plan, environment, lambda: logger.info("all services are ready; search at %s/retrieve", address))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: supervisor.request_stop())
     logger.info("run %s: results go to %s", resolved.run.name, resolved.run.folder)
+    address_file(resolved).write_text(redis_url)
     try:
         supervisor.run()
     except SuiteFailed as error:
         logger.error("%s; everything was stopped", error)
         raise typer.Exit(1) from None
     finally:
+        address_file(resolved).unlink(missing_ok=True)
         lock.close()
 
 
@@ -66,6 +70,49 @@ def index(context: typer.Context) -> None:
     """`index build`, `index check`, `index import PATH…`: the retriever's index, by the retriever's own command."""
     os.environ.setdefault("FORAGE_CONFIG", DEFAULT_CONFIG)
     os.execv(sys.executable, [sys.executable, "-m", "services.retriever", "index", *context.args])
+
+
+@app.command()
+def status(
+    config: ConfigOption = DEFAULT_CONFIG,
+    once: Annotated[bool, typer.Option("--once", help="Print one table and leave. So without a terminal, too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one look as JSON and leave.")] = False,
+    every: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 2.0,
+) -> None:
+    """Groups, engines, queues, speed, the trainer's last step, what was given up, what needs a look; Ctrl-C leaves.
+
+    The exit code of one look is 0 when Redis answers and knows the run, else 1.
+    """
+    from services.suite.status import print_once, watch
+
+    resolved = _load(config)
+    if once or as_json or not sys.stdout.isatty():
+        raise typer.Exit(0 if print_once(resolved, as_json) else 1)
+    watch(resolved, every)
+
+
+@app.command()
+def trajectory(
+    identifier: Annotated[str | None, typer.Argument(metavar="ID", help="Or its beginning. Without: the latest ones.")] = None,
+    config: ConfigOption = DEFAULT_CONFIG,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Every token with its log-prob and policy version.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many of the latest.")] = 20,
+) -> None:
+    """One episode: what the policy wrote, what it was shown, what it earned. Without an ID: the latest episodes."""
+    from services.suite.catalogue import NotFound
+    from services.suite.text import one_line
+    from services.suite.trajectory import list_latest, show
+
+    resolved = _load(config)
+    try:
+        if identifier is None:
+            list_latest(resolved, count, as_json)
+        else:
+            show(resolved, identifier, tokens, as_json)
+    except NotFound as error:
+        print(one_line(str(error)), file=sys.stderr)
+        raise typer.Exit(1) from None
 
 
 @config_app.command("show")

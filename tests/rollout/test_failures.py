@@ -92,7 +92,9 @@ def logprobs(world: World, *values: object) -> list[list[Any]]:
 
 
 CELLS: dict[tuple[str, str], Cell] = {
-    ("engine", "cannot be reached"): Cell(lambda w: setattr(w.engine, "url", f"http://127.0.0.1:{free_port()}"), "cannot be reached"),
+    ("engine", "cannot be reached"): Cell(
+        lambda w: setattr(w.engine, "url", f"http://127.0.0.1:{free_port()}"), "cannot be reached"
+    ),
     ("engine", "hangs up in the middle of an answer"): Cell(lambda w: w.raw(hang_up=True), "ClientPayloadError"),
     ("engine", "answers 500"): Cell(lambda w: w.raw(status=500), "answered 500"),
     ("engine", "takes longer than rollout.request_timeout_s"): Cell(

@@ -49,6 +49,11 @@ class Suite:
                 command, env=self.environment | settings, stdout=log, stderr=log, start_new_session=True
             )
 
+    def forage(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Another `forage` command, as from another terminal."""
+        command = [sys.executable, "-m", "services.suite", *arguments, "--config", SMOKE]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True)
+
     def wait(self, timeout_s: float = 600) -> int:
         assert self.process
         return self.process.wait(timeout_s)
@@ -92,6 +97,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Suite]:
             httpx.post(f"{suite.url}/retrieve", json={"queries": ["capital"], "topk": 2, "return_scores": scored}).json()
             for scored in (True, False)
         ]
+        suite.status = suite.forage("status", "--json")  # type: ignore[attr-defined]
         assert suite.wait() == 0, suite.text()[-4000:]
         yield suite
     finally:
@@ -142,6 +148,20 @@ def test_retrieve_answered_in_both_shapes(finished: Suite) -> None:
     assert [set(item) for item in scored["result"][0]] == [{"document", "score"}] * 2
     assert [item["document"] for item in scored["result"][0]] == bare["result"][0]
     assert set(bare["result"][0][0]) == {"id", "contents"}
+
+
+def test_status_found_the_suite_while_it_ran(finished: Suite) -> None:
+    seen = json.loads(finished.status.stdout)  # type: ignore[attr-defined]
+    assert seen["redis"]["balanced"] and seen["redis"]["accounts"]["fed"] > 0
+    assert len(seen["redis"]["engines"]) == 2
+    assert {part["name"] for part in seen["parts"]} == {"reward", "rollout-1", "rollout-2", "trainer"}
+
+
+def test_trajectory_shows_an_episode_of_a_run_that_has_ended(finished: Suite) -> None:
+    listed = json.loads(finished.forage("trajectory", "--json", "-n", "3").stdout)
+    shown = finished.forage("trajectory", listed[0]["id"])
+    assert len(listed) == 3 and shown.returncode == 0
+    assert listed[0]["question"] in shown.stdout and "not kept" in shown.stdout
 
 
 def test_both_workers_played(finished: Suite) -> None:
