@@ -2,6 +2,9 @@
 
 Two guards bound staleness. `feed` admits a group only while fewer than (max_staleness + 1) × groups_per_step are outstanding,
 so the rollout cannot run far ahead; `next_batch` checks every group when the batch is cut and feeds a stale one again.
+
+With `objective.dynamic_sampling` (DAPO, arXiv 2503.14476) a group whose rewards are all equal is dropped, its question counts as
+done, and the next one is fed in its place; after `dynamic_sampling_limit` × groups_per_step of them such groups are taken.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ from services.contract.config import Config
 from services.contract.groups import GroupStore
 from services.trainer.collect import Collector, CompleteGroup
 from services.trainer.ledger import Ledger
+from services.trainer.objective.advantages import zero_variance
 from services.trainer.questions import TrainingOrder, make_group, training_group_id, training_index
+from services.trainer.shaping import shaped_rewards
 
 logger = logging.getLogger("trainer")
 
@@ -27,6 +32,8 @@ class Batches:
         """Groups that came back too stale and were fed again, since the start of this process."""
         self.lost = 0
         """Groups that were given up by the rollout, since the start of this process."""
+        self.dropped = 0
+        """Groups without variance that dynamic sampling replaced, since the start of this process."""
 
     def feed(self) -> int:
         """Feed questions up to the staleness bound; returns how many groups were fed."""
@@ -44,12 +51,18 @@ class Batches:
     def next_batch(self) -> list[CompleteGroup]:
         """`groups_per_step` complete groups within the staleness bound, in the order of their questions."""
         wanted, batch = self.config.trainer.groups_per_step, []
+        may_drop = self.config.trainer.objective.dynamic_sampling_limit * wanted
         while len(batch) < wanted:
             self.feed()
             groups, dead = self.collector.wait(self._size, wanted - len(batch), on_idle=self.feed)
             for letter in dead:
                 self._give_up(letter.group_id, letter.reason)
-            batch += [group for group in groups if self._fresh_enough(group)]
+            for group in filter(self._fresh_enough, groups):
+                if may_drop and self._teaches_nothing(group):
+                    self._drop(group)
+                    may_drop -= 1
+                else:
+                    batch.append(group)
         return sorted(batch, key=lambda group: group.group_id)
 
     def forget_consumed(self) -> None:
@@ -69,7 +82,8 @@ class Batches:
     def figures(self) -> dict[str, float]:
         """Counts of what went astray, since this process began, and of what waits."""
         accounts = self.store.accounts()
-        return {"groups_refed": self.refed, "groups_lost": self.lost, "groups_waiting": accounts.waiting}
+        counts: dict[str, float] = {"groups_refed": self.refed, "groups_lost": self.lost, "groups_waiting": accounts.waiting}
+        return counts | ({"groups_dropped": self.dropped} if self.config.trainer.objective.dynamic_sampling else {})
 
     def release(self, groups: list[CompleteGroup]) -> None:
         """Only after the checkpoint that contains them is durable."""
@@ -88,6 +102,16 @@ class Batches:
         self.release([group])
         self.refed += 1
         return False  # it is outstanding no more, so the next `feed` takes its question first
+
+    def _teaches_nothing(self, group: CompleteGroup) -> bool:
+        objective = self.config.trainer.objective
+        return objective.dynamic_sampling and zero_variance(shaped_rewards(group, objective))
+
+    def _drop(self, group: CompleteGroup) -> None:
+        """Nothing was learned from it, so nothing is lost if a crash forgets this: its question is then asked once more."""
+        self.consume([group])
+        self.release([group])
+        self.dropped += 1
 
     def _give_up(self, group_id: str, reason: str) -> None:
         logger.warning("group %s was given up: %s", group_id, reason)

@@ -45,7 +45,9 @@ class Ledger(msgspec.Struct):
     warm_step: int = 0
     """Optimizer steps of the warm start."""
     step: int = 0
-    """Optimizer steps of GRPO."""
+    """Batches that GRPO has learned from."""
+    reference_step: int = 0
+    """The step whose policy is the reference; 0: the one that GRPO began with."""
     version: int = 0
     """The policy version that was published last."""
     unpublished: bool = False
@@ -71,6 +73,13 @@ class Ledger(msgspec.Struct):
             beyond.remove(self.next_index)
             self.next_index += 1
         self.consumed_beyond = sorted(beyond)
+
+    def reopen(self, steps: int) -> bool:
+        """A run that ended before `steps`, because `trainer.steps` was raised since, goes back to its GRPO. Returns whether."""
+        if self.stage not in ("evaluate_final", "done") or self.step >= steps:
+            return False
+        self.stage = "grpo"
+        return True
 
     def finish_stage(self, stage: Stage) -> None:
         self.stage = STAGES[STAGES.index(stage) + 1]

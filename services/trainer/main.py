@@ -9,6 +9,8 @@
 | evaluate_final  | score the result, write the final model              | as above                                          |
 | done            | print the table                                      | prints it again                                   |
 
+A run that was finished with fewer steps than `trainer.steps` now asks for goes on at `grpo` (`Ledger.reopen`).
+
 Every rank runs the same lines; what touches Redis or files happens on the lead (`on_lead`).
 """
 
@@ -18,17 +20,15 @@ import logging
 import time
 from collections.abc import Callable
 
-import torch
-
 from services.contract.telemetry import format_seconds
 from services.trainer.collect import CompleteGroup
 from services.trainer.demonstrations import batches, demonstration_row, read_demonstrations
+from services.trainer.learning_rate import learning_rate, warmed_up
 from services.trainer.ledger import STAGES, Stage
-from services.trainer.megatron.loss import GrpoLoss, SupervisedLoss
+from services.trainer.megatron.loss import SupervisedLoss
 from services.trainer.metrics import rollout_metrics, step_line
-from services.trainer.objective.advantages import group_advantages
-from services.trainer.rows import mismatch_figures, no_advantage, policy_rows, with_reference
 from services.trainer.run import Run
+from services.trainer.update import update
 
 logger = logging.getLogger("trainer")
 
@@ -57,7 +57,7 @@ def warm_start(run: Run) -> None:
     todo = batches(rows, settings.batch_size, settings.epochs, run.config.run.seed)
     for batch in todo[run.ledger.warm_step :]:
         step, started = run.ledger.warm_step + 1, time.monotonic()
-        stats = run.learner.train_step(batch, SupervisedLoss(), _warmed_up(settings.learning_rate, step, settings.warmup_steps))
+        stats = run.learner.train_step(batch, SupervisedLoss(), warmed_up(settings.learning_rate, step, settings.warmup_steps))
         run.ledger.warm_step, run.ledger.unpublished = step, True
         stats["seconds"] = time.monotonic() - started
         left = format_seconds((len(todo) - step) * stats["seconds"])
@@ -76,7 +76,7 @@ def evaluate_warm(run: Run) -> None:
 
 
 def grpo(run: Run) -> None:
-    """Group-relative policy optimisation (Shao et al. 2024), one optimizer step a batch."""
+    """Group-relative policy optimisation (Shao et al. 2024) and its kin (`trainer.objective`): a policy version a batch."""
     settings = run.config.trainer
     run.load_reference()
     while run.ledger.step < settings.steps:
@@ -94,22 +94,18 @@ def grpo(run: Run) -> None:
 
 
 def learn(run: Run, groups: list[CompleteGroup]) -> dict[str, float]:
-    """One optimizer step on a batch of groups; returns the learner's figures."""
-    settings = run.config.trainer
-    rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
-    rows = policy_rows(groups, group_advantages(rewards, settings.objective.advantage).tolist())
-    if settings.objective.kl_coef:
-        rows = with_reference(rows, run.learner.reference_logprobs(rows))
-    step = run.ledger.step + 1
-    gap = mismatch_figures(run.learner, rows) if no_advantage(rows) else {}
-    rate = _warmed_up(settings.learning_rate, step, settings.warmup_steps)
-    stats = gap | run.learner.train_step(rows, GrpoLoss(settings.objective), rate)
+    """The optimizer steps on a batch of groups; returns the learner's figures."""
+    settings, step = run.config.trainer, run.ledger.step + 1
+    rate = learning_rate(
+        step, settings.steps, settings.learning_rate, settings.warmup_steps, settings.schedule, settings.min_learning_rate
+    )
+    stats = update(run.learner, groups, settings.objective, rate, seed=f"{run.config.run.seed}/{step}")
     run.consume(groups, step)
     return stats | {"learning_rate": rate}
 
 
 def record_step(run: Run, groups: list[CompleteGroup], row: dict[str, float]) -> None:
-    """Tell about the step, and make it durable when a checkpoint is due."""
+    """Tell about the step, and make it durable when a checkpoint is due or the reference has changed."""
     step, settings = run.ledger.step, run.config.trainer
     row |= {"version": run.ledger.version, **run.flow_figures()}
     run.record("grpo", step, row)
@@ -117,7 +113,7 @@ def record_step(run: Run, groups: list[CompleteGroup], row: dict[str, float]) ->
     run.say(step_line(step, settings.steps, row))
     if settings.eval_every and step % settings.eval_every == 0 and step < settings.steps:
         run.evaluate(f"step{step}")
-    if step % settings.checkpoint_every == 0 or step == settings.steps:
+    if run.refresh_reference() or step % settings.checkpoint_every == 0 or step == settings.steps:
         run.checkpoint()
     run.check_stop()
 
@@ -130,11 +126,6 @@ def evaluate_final(run: Run) -> None:
 
 def done(run: Run) -> None:
     run.print_results()
-
-
-def _warmed_up(rate: float, step: int, warmup_steps: int) -> float:
-    """Linear warm-up over the first `warmup_steps` steps (counted from 1), then constant."""
-    return rate * min(1.0, step / (warmup_steps + 1))
 
 
 STAGE_WORK: dict[Stage, Callable[[Run], None]] = {

@@ -1,4 +1,4 @@
-"""Graded groups become rows for the learner, and how far engine and trainer lie apart on them."""
+"""Graded groups become rows for the learner: tokens first, then what the objective wants to know of them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from services.contract.config import ObjectiveConfig
 from services.trainer.collect import CompleteGroup
 from services.trainer.megatron.batching import Row
 from services.trainer.megatron.learner import Learner
+from services.trainer.objective.advantages import RolloutBatch
+from services.trainer.objective.corrections import correct, mean_weight
+from services.trainer.objective.functions import advantages_of
+from services.trainer.objective.kl import kl_estimate
+from services.trainer.objective.packed import rollout_index
+from services.trainer.shaping import shaped_rewards
 
 
-def policy_rows(groups: list[CompleteGroup], advantages: list[list[float]]) -> list[Row]:
+def policy_rows(groups: list[CompleteGroup]) -> list[Row]:
     """One row a trajectory; the tokens are those sampled, the mask is derived from the spans."""
     return [
         Row(
@@ -20,22 +27,40 @@ def policy_rows(groups: list[CompleteGroup], advantages: list[list[float]]) -> l
             prompt_length=len(trajectory.prompt_ids),
             loss_mask=trajectory.loss_mask,
             engine_logprobs=trajectory.logprobs,
-            advantage=advantage,
             temperature=trajectory.temperature,
         )
-        for group, group_advantages in zip(groups, advantages, strict=True)
-        for trajectory, advantage in zip(group.trajectories, group_advantages, strict=True)
+        for group in groups
+        for trajectory in group.trajectories
     ]
 
 
-def with_reference(rows: list[Row], logprobs: list[Tensor]) -> list[Row]:
-    """The rows with the reference policy's log-probs on them."""
-    return [replace(row, reference_logprobs=values) for row, values in zip(rows, logprobs, strict=True)]
+def with_logprobs(rows: list[Row], learner: Learner, o: ObjectiveConfig) -> list[Row]:
+    """The rows with the log-probs of the reference and of the old policy, as far as the objective asks for them."""
+    if o.kl_coef:
+        rows = [replace(row, reference_logprobs=v) for row, v in zip(rows, learner.reference_logprobs(rows), strict=True)]
+    if o.old_policy == "engine":
+        return [replace(row, old_logprobs=row.engine_logprobs) for row in rows]
+    if o.recomputes_logprobs:
+        return [replace(row, old_logprobs=v) for row, v in zip(rows, learner.logprobs(rows), strict=True)]
+    return rows
 
 
-def no_advantage(rows: list[Row]) -> bool:
-    """Whether every group's rewards are equal: then the learner computes nothing, and so measures nothing."""
-    return all(row.advantage == 0 for row in rows)
+def with_advantages(rows: list[Row], groups: list[CompleteGroup], o: ObjectiveConfig) -> list[Row]:
+    """The rows with their advantages. Rows are in the order of the groups' trajectories."""
+    rewards = torch.tensor([shaped_rewards(group, o) for group in groups], dtype=torch.float64)
+    masks = [torch.tensor(row.loss_mask, dtype=torch.bool) for row in rows]
+    kl = [_kl(row, mask, o) for row, mask in zip(rows, masks, strict=True)] if o.kl_in_reward else None
+    found = advantages_of(RolloutBatch(rewards, masks, kl), o)
+    return [replace(row, advantage=_plain(values, mask)) for row, values, mask in zip(rows, found, masks, strict=True)]
+
+
+def whole_batch_mean_weight(rows: list[Row], o: ObjectiveConfig) -> float:
+    """What the importance weights are divided by: their mean over all model tokens of the batch, on all ranks alike."""
+    if not o.importance_normalize:
+        return 1.0
+    old, engine = _at_model_tokens(rows, "old_logprobs"), _at_model_tokens(rows, "engine_logprobs")
+    rollout = rollout_index([len(row.targets) for row in rows])
+    return mean_weight(correct(old, engine, rollout, o).weights, rollout, o.importance_level)
 
 
 def mismatch_figures(learner: Learner, rows: list[Row], sample: int = 4) -> dict[str, float]:
@@ -49,3 +74,21 @@ def mismatch_figures(learner: Learner, rows: list[Row], sample: int = 4) -> dict
     if not len(gap):
         return {"mismatch_abs": 0.0, "mismatch_k3": 0.0}
     return {"mismatch_abs": float(gap.abs().mean()), "mismatch_k3": float((gap.exp() - 1 - gap).mean())}
+
+
+def _kl(row: Row, mask: Tensor, o: ObjectiveConfig) -> Tensor:
+    """[response] float64, 0 where observed."""
+    old, reference = (torch.as_tensor(v, dtype=torch.float64) for v in (row.old_logprobs, row.reference_logprobs))
+    return torch.where(mask, kl_estimate(old, reference, o.kl_estimator), 0.0)
+
+
+def _plain(advantage: Tensor, mask: Tensor) -> float | list[float]:
+    return torch.where(mask, advantage, 0.0).tolist() if advantage.dim() else advantage.item()
+
+
+def _at_model_tokens(rows: list[Row], name: str) -> Tensor:
+    """[n] float64, the rows one after another."""
+    picked = [
+        torch.as_tensor(getattr(row, name), dtype=torch.float64)[torch.tensor(row.loss_mask, dtype=torch.bool)] for row in rows
+    ]
+    return torch.cat(picked)

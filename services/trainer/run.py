@@ -28,9 +28,11 @@ from services.trainer.evaluate import Evaluator
 from services.trainer.ledger import Checkpoints, Ledger
 from services.trainer.megatron.learner import Learner
 from services.trainer.metrics import Journal
+from services.trainer.objective.functions import check_functions
 from services.trainer.publish import Publisher, write_hf_folder
 from services.trainer.questions import TrainingOrder, read_questions, stratified
 from services.trainer.ranks import StopRequested, is_lead, on_lead
+from services.trainer.reference import forget_references, kept_reference, reference_folder
 from services.trainer.report import results_table
 from services.trainer.transcripts import write_transcripts
 
@@ -70,6 +72,7 @@ class Lead:
 
 class Run:
     def __init__(self, config: Config) -> None:
+        check_functions(config.trainer.objective)
         self.config = config
         self.folder = config.run.folder
         self.stop = StopFlag()
@@ -94,6 +97,8 @@ class Run:
         path, ledger = found
         if ledger.has_learned:
             self.learner.load(path)
+        if ledger.reopen(self.config.trainer.steps):
+            self.say(f"the run had ended at step {ledger.step}; trainer.steps is {self.config.trainer.steps} now, so it goes on")
         self.say(f"resumed from {path.name}: stage {ledger.stage}, warm start {ledger.warm_step}, step {ledger.step}")
         return ledger
 
@@ -149,12 +154,23 @@ class Run:
     def keep_reference(self) -> None:
         """The policy that GRPO starts from is the one it is held close to; later versions replace it on the volume."""
         if self.config.trainer.objective.kl_coef:
-            on_lead(lambda: self._copy_version(self.folder / "reference"))
+            on_lead(lambda: self._copy_version(reference_folder(self.folder, 0)))
 
     def load_reference(self) -> None:
         if self.config.trainer.objective.kl_coef:
-            kept = self.folder / "reference"
-            self.learner.set_reference(kept if kept.exists() else self.config.model_path)
+            self.learner.reference = None  # its memory is free before the next one is loaded
+            self.learner.set_reference(kept_reference(self.folder, self.ledger.reference_step, self.config.model_path))
+
+    def refresh_reference(self) -> bool:
+        """Make the present policy the reference if `reference_every` says so. Then a checkpoint must follow (see reference.py)."""
+        every, step = self.config.trainer.objective.reference_every, self.ledger.step
+        if not every or step - self.ledger.reference_step < every:
+            return False
+        on_lead(lambda: self._copy_version(reference_folder(self.folder, step)))
+        self.ledger.reference_step = step
+        self.load_reference()
+        on_lead(lambda: forget_references(self.folder, self.config.trainer.keep_checkpoints + 1))
+        return True
 
     def write_final_model(self) -> None:
         """The last version as `<run folder>/final`, a Hugging Face folder."""

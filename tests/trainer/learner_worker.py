@@ -25,11 +25,11 @@ from services.trainer.megatron.architecture import UnsupportedModelError  # noqa
 from services.trainer.megatron.batching import Row, micro_batch  # noqa: E402
 from services.trainer.megatron.learner import Learner  # noqa: E402
 from services.trainer.megatron.logprobs import token_logprobs  # noqa: E402
-from services.trainer.megatron.loss import GrpoLoss, Loss, SupervisedLoss  # noqa: E402
+from services.trainer.megatron.loss import Loss, PolicyLoss, SupervisedLoss  # noqa: E402
 from tests.trainer.plain_torch import LEARNING_RATES, TRAINER  # noqa: E402
 
 
-class EveryRow(GrpoLoss):
+class EveryRow(PolicyLoss):
     """Computes rows without advantage too, to compare with leaving them out."""
 
     def contributes(self, row: Row) -> bool:
@@ -52,7 +52,7 @@ def model_report(config: Config, folder: Path, rows: list[Row]) -> dict[str, Any
     """What is compared with plain torch."""
     learner = Learner(config, folder)
     report: dict[str, Any] = {"loaded": weights(learner), "logprobs": learner.logprobs(rows)}
-    report["grpo"] = train(learner, rows, GrpoLoss(ObjectiveConfig(kl_coef=0.3, kl_estimator="k3")))
+    report["grpo"] = train(learner, rows, PolicyLoss(ObjectiveConfig(kl_coef=0.3, kl_estimator="k3")))
     report["grpo_weights"] = weights(learner)
     report["trained_logprobs"] = learner.logprobs(rows)
     learner.set_reference(folder)
@@ -106,11 +106,13 @@ def invariance_report(values: dict[str, Any], folder: Path, rows: list[Row]) -> 
         config = Config.model_validate({"trainer": values | {"max_tokens_per_microbatch": max_tokens}})
         return Learner(config, folder).train_step(given, loss, 1e-3)
 
-    grpo, no_signal = GrpoLoss(ObjectiveConfig()), [Row(**{**vars(row), "advantage": 0.0}) for row in map(plain_row, rows)]
+    grpo, no_signal = PolicyLoss(ObjectiveConfig()), [Row(**{**vars(row), "advantage": 0.0}) for row in map(plain_row, rows)]
     return {
         "rollout_mean": {n: first_step(n, grpo) for n in (8, 64, 4096)},
         "every_row": first_step(64, EveryRow(ObjectiveConfig())),
-        "token_mean": {n: first_step(n, GrpoLoss(ObjectiveConfig(aggregate="token_mean", importance="icepop"))) for n in (8, 4096)},
+        "token_mean": {
+            n: first_step(n, PolicyLoss(ObjectiveConfig(aggregate="token_mean", importance="icepop"))) for n in (8, 4096)
+        },
         "no_signal": first_step(64, grpo, no_signal),
         "one_row": first_step(64, grpo, rows[:1]),
     }

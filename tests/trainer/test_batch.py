@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Container
 
 import msgspec
 import pytest
@@ -26,21 +27,22 @@ def store(redis_client: redis.Redis) -> GroupStore:
     return GroupStore(redis_client, "test")
 
 
-def make_batches(store: GroupStore, ledger: Ledger, max_staleness: int = 0, timeout_s: float = 5) -> Batches:
-    trainer = {"groups_per_step": GROUPS, "samples_per_prompt": SAMPLES, "max_staleness": max_staleness}
+def make_batches(store: GroupStore, ledger: Ledger, max_staleness: int = 0, timeout_s: float = 5, **objective: object) -> Batches:
+    trainer = {"groups_per_step": GROUPS, "samples_per_prompt": SAMPLES, "max_staleness": max_staleness, "objective": objective}
     config = Config.model_validate({"trainer": trainer})
     questions = [Question(str(i), "capital", f"Question {i}?", ["Paris"]) for i in range(10)]
     collector = Collector(store, timeout_s, check_stop=lambda: None)
     return Batches(config, store, collector, TrainingOrder(questions, seed=0), ledger)
 
 
-def play_all(store: GroupStore, version: int, samples: int = SAMPLES) -> list[Lease]:
-    """What a rollout worker and a grader do with all waiting groups."""
+def play_all(store: GroupStore, version: int, samples: int = SAMPLES, equal: Container[int] = ()) -> list[Lease]:
+    """What a rollout worker and a grader do with all waiting groups. equal: questions whose rewards come out equal."""
     leases = store.lease("worker", 100, 10)
     for lease in leases:
         for sample in range(samples):
             store.store(make_trajectory(lease.group.group_id, sample, versions=(version,)))
-            store.grade(store.load(f"{lease.group.group_id}/{sample}"), float(sample), {})
+            reward = 0.0 if int(lease.group.group_id[1:]) in equal else float(sample)
+            store.grade(store.load(f"{lease.group.group_id}/{sample}"), reward, {})
         if samples == SAMPLES:
             store.finish(lease)
     return leases
@@ -107,6 +109,82 @@ def test_a_dead_group_is_replaced_by_the_next_question(store: GroupStore) -> Non
     worker.join()
     assert [g.group_id for g in groups] == ["t00000001", "t00000002", "t00000003"]
     assert ledger.is_consumed(0) and batches.lost == 1
+
+
+class KeepPlaying:
+    """Plays whatever is fed, until the test leaves."""
+
+    def __init__(self, store: GroupStore, equal: Container[int]) -> None:
+        self.store, self.equal, self.over = store, equal, threading.Event()
+        self.thread = threading.Thread(target=self._play)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.thread.join()
+
+    def _play(self) -> None:
+        while not self.over.wait(0.05):
+            play_all(self.store, version=0, equal=self.equal)
+
+
+def test_groups_of_equal_rewards_are_replaced_by_the_next_questions(store: GroupStore) -> None:
+    batches = make_batches(store, Ledger(), dynamic_sampling=True)
+    with KeepPlaying(store, equal={0, 2, 3}):
+        groups = batches.next_batch()
+    assert [g.group_id for g in groups] == ["t00000001", "t00000004", "t00000005"]
+    assert batches.dropped == 3 == batches.figures()["groups_dropped"]
+    assert all(batches.ledger.is_consumed(i) for i in (0, 2, 3))
+    store.accounts().check()
+
+
+def test_they_are_taken_when_too_many_were_replaced(store: GroupStore) -> None:
+    batches = make_batches(store, Ledger(), dynamic_sampling=True, dynamic_sampling_limit=2)
+    with KeepPlaying(store, equal=range(100)):
+        groups = batches.next_batch()
+    assert [g.group_id for g in groups] == ["t00000006", "t00000007", "t00000008"]
+    assert batches.dropped == 2 * GROUPS
+
+
+def test_every_step_may_replace_anew(store: GroupStore) -> None:
+    batches = make_batches(store, Ledger(), dynamic_sampling=True, dynamic_sampling_limit=1)
+    with KeepPlaying(store, equal=range(100)):
+        assert [train_on(batches) for _ in range(2)] == [
+            ["t00000003", "t00000004", "t00000005"],
+            ["t00000009", "t00000010", "t00000011"],
+        ]
+
+
+def test_without_dynamic_sampling_equal_rewards_are_a_batch_like_any_other(store: GroupStore) -> None:
+    batches = make_batches(store, Ledger())
+    batches.feed()
+    play_all(store, version=0, equal=range(100))
+    assert len(batches.next_batch()) == GROUPS
+    assert "groups_dropped" not in batches.figures()
+
+
+def test_an_overlong_rollout_makes_the_difference(store: GroupStore) -> None:
+    """What counts is the reward that is learned from."""
+    batches = make_batches(store, Ledger(), dynamic_sampling=True, overlong_tokens=4, overlong_buffer=4)
+    batches.feed()
+    play_all(store, version=0)
+    groups = batches.next_batch()
+    assert batches.dropped == 0 and len(groups) == GROUPS
+
+
+def test_a_dropped_group_that_no_checkpoint_knows_is_asked_again(store: GroupStore) -> None:
+    first = make_batches(store, Ledger(), dynamic_sampling=True)
+    with KeepPlaying(store, equal={0}):
+        first.next_batch()
+    second = make_batches(store, Ledger(), dynamic_sampling=True)
+    second.forget_consumed()
+    with KeepPlaying(store, equal=()):
+        assert [g.group_id for g in second.next_batch()][0] == "t00000001"
+        second.consume([])
+        assert not second.ledger.is_consumed(0)
+    store.accounts().check()
 
 
 def test_what_was_collected_but_not_checkpointed_is_served_to_the_next_trainer(store: GroupStore) -> None:

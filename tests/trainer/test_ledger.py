@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.trainer.ledger import Checkpoints, Ledger
+from services.trainer.ledger import Checkpoints, Ledger, Stage
 
 
 def state(folder: Path, text: str) -> Path:
@@ -55,6 +56,31 @@ def test_a_damaged_checkpoint_is_passed_over(checkpoints: Checkpoints, tmp_path:
         case "no manifest":
             (path / "manifest.json").unlink()
     assert checkpoints.latest()[1].step == 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "step", "goes_on"),
+    [
+        ("evaluate_start", 0, "evaluate_start"),
+        ("warm_start", 0, "warm_start"),
+        ("evaluate_warm", 0, "evaluate_warm"),
+        ("grpo", 3, "grpo"),
+        ("evaluate_final", 3, "grpo"),
+        ("evaluate_final", 5, "evaluate_final"),
+        ("done", 3, "grpo"),
+        ("done", 5, "done"),
+        ("done", 9, "done"),
+    ],
+)
+def test_a_run_whose_steps_were_raised_goes_on_where_it_ended(stage: Stage, step: int, goes_on: Stage) -> None:
+    ledger = Ledger(stage=stage, step=step)
+    assert ledger.reopen(steps=5) == (stage != goes_on)
+    assert (ledger.stage, ledger.step) == (goes_on, step)
+
+
+def test_a_ledger_written_before_there_were_references_is_read() -> None:
+    old = msgspec.json.encode({"stage": "grpo", "step": 3, "version": 4, "next_index": 9})
+    assert msgspec.json.decode(old, type=Ledger).reference_step == 0
 
 
 @given(st.permutations(range(12)))

@@ -11,7 +11,7 @@ import pytest
 from services.contract.config import ObjectiveConfig
 from services.trainer.megatron.architecture import Architecture, UnsupportedModelError, check_layout, read_architecture
 from services.trainer.megatron.batching import Row, micro_batch
-from services.trainer.megatron.loss import GrpoLoss, Totals
+from services.trainer.megatron.loss import PolicyLoss, Totals
 from tests.trainer.tiny_models import model_config
 
 SMOLLM2 = Architecture("llama", 30, 576, 1536, 9, 3, 64, 49152, 8192, 1e-5, 1e5, tied_embeddings=True)
@@ -91,4 +91,4 @@ def test_a_loss_without_what_it_needs_says_so(objective: dict[str, Any], reason:
     row = Row(token_ids=[1, 2], prompt_length=1, loss_mask=[1], advantage=1.0)
     batch = micro_batch([row], [0], torch.device("cpu"))
     with pytest.raises(ValueError, match=reason):
-        GrpoLoss(ObjectiveConfig(**objective))(torch.zeros(1), batch.tokens, Totals.of([row]))
+        PolicyLoss(ObjectiveConfig(**objective))(torch.zeros(1), batch.tokens, Totals.of([row]))

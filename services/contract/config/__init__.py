@@ -2,10 +2,11 @@
 
 from services.contract.config.base import ConfigError, Section
 from services.contract.config.load import Config, dump_config, load_config
+from services.contract.config.objective import ObjectiveConfig
 from services.contract.config.retriever import RetrieverConfig
 from services.contract.config.rollout import EngineConfig, RewardConfig, RolloutConfig
 from services.contract.config.run import DataConfig, ModelConfig, RedisConfig, RunConfig, WeightsConfig
-from services.contract.config.trainer import ObjectiveConfig, TrainerConfig, WarmStartConfig
+from services.contract.config.trainer import TrainerConfig, WarmStartConfig
 
 __all__ = [
     "Config",

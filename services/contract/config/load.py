@@ -85,6 +85,9 @@ def _contradictions(config: Config) -> list[str]:
         found.append("rollout.engine.max_total_tokens is below model.max_context: one episode would not fit")
     if trainer.processes % (trainer.tensor_parallel * trainer.pipeline_parallel):
         found.append("trainer.processes must be a multiple of tensor_parallel × pipeline_parallel")
+    objective = trainer.objective
+    if objective.overlong_tokens and objective.overlong_tokens - objective.overlong_buffer >= rollout.max_response_tokens:
+        found.append("trainer.objective.overlong_tokens is out of reach under rollout.max_response_tokens: lower it")
     return found
 
 

@@ -1,12 +1,14 @@
-"""Settings of the trainer and of what it optimises."""
+"""Settings of the trainer; what it optimises is in `objective.py`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from services.contract.config.base import Fraction, NonNegative, Positive, Seconds, Section
+from services.contract.config.base import NonNegative, Positive, Seconds, Section
+from services.contract.config.objective import ObjectiveConfig
 
 
 class WarmStartConfig(Section):
@@ -16,22 +18,6 @@ class WarmStartConfig(Section):
     """Demonstrations per optimizer step."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-5
     warmup_steps: NonNegative = 2
-
-
-class ObjectiveConfig(Section):
-    advantage: Literal["grpo", "dr_grpo"] = "grpo"
-    """`dr_grpo` leaves out the division by the group's standard deviation."""
-    clip_low: Fraction = 0.2
-    clip_high: Annotated[float, Field(ge=0)] = 0.28
-    kl_coef: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the KL to the reference policy in the loss. 0 keeps no reference in memory."""
-    kl_estimator: Literal["k1", "k2", "k3", "low_var"] = "low_var"
-    importance: Literal["none", "tis", "icepop"] = "tis"
-    """Correction for the mismatch between engine and trainer, by their log-prob ratio."""
-    importance_low: Annotated[float, Field(ge=0)] = 0.0
-    importance_high: Annotated[float, Field(gt=0)] = 2.0
-    aggregate: Literal["rollout_mean", "token_mean"] = "rollout_mean"
-    """Mean over each rollout's model tokens, then over rollouts; or mean over all model tokens of the batch."""
 
 
 class TrainerConfig(Section):
@@ -48,6 +34,10 @@ class TrainerConfig(Section):
     samples_per_prompt: Annotated[int, Field(ge=2)] = 6
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     warmup_steps: NonNegative = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: stay, or decay until `steps` steps are done."""
+    min_learning_rate: Annotated[float, Field(ge=0)] = 0.0
+    """Where the decay ends."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.98
@@ -66,3 +56,22 @@ class TrainerConfig(Section):
     distributed_timeout_s: Seconds = 1800
     warm_start: WarmStartConfig = WarmStartConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> TrainerConfig:
+        problems = list(_problems(self))
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def _problems(trainer: TrainerConfig) -> Iterator[str]:
+    parts = trainer.objective.minibatches
+    if trainer.groups_per_step % parts:
+        yield f"groups_per_step {trainer.groups_per_step} is no multiple of objective.minibatches {parts}: change one"
+    if trainer.schedule == "constant" and trainer.min_learning_rate:
+        yield 'min_learning_rate does nothing with schedule = "constant": set schedule, or take it out'
+    if trainer.min_learning_rate > trainer.learning_rate:
+        yield "min_learning_rate is above learning_rate: lower it"
+    if trainer.schedule != "constant" and 0 < trainer.steps <= trainer.warmup_steps:
+        yield "warmup_steps leaves no step of `steps` to decay over: lower it"

@@ -13,6 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from services.trainer.objective.packed import rollout_index
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -27,7 +29,10 @@ class Row:
     engine_logprobs: Sequence[float] | None = None
     """What the engine said when it sampled; read at model tokens only."""
     reference_logprobs: Sequence[float] | Tensor | None = None
-    advantage: float = 0.0
+    old_logprobs: Sequence[float] | Tensor | None = None
+    """Of the policy that the ratio is taken to. None: the policy as it is when the row is computed."""
+    advantage: float | Sequence[float] = 0.0
+    """One for all tokens, or one for each response token."""
     weight: float = 1.0
     """Share of a supervised row relative to others."""
     temperature: float = 1.0
@@ -37,12 +42,17 @@ class Row:
         response = len(self.token_ids) - self.prompt_length
         if self.prompt_length < 1 or response < 0:
             raise ValueError(f"a row of {len(self.token_ids)} tokens cannot have prompt_length {self.prompt_length}")
-        for name in ("loss_mask", "engine_logprobs", "reference_logprobs"):
+        for name in ("loss_mask", "engine_logprobs", "reference_logprobs", "old_logprobs", "advantage"):
             values = getattr(self, name)
-            if values is not None and len(values) != response:
+            if values is not None and not isinstance(values, float | int) and len(values) != response:
                 raise ValueError(f"{name} has {len(values)} entries for a response of {response} tokens: give one for each")
         if self.temperature <= 0:
             raise ValueError(f"temperature {self.temperature} is not above 0: give the one that the tokens were sampled with")
+
+    @property
+    def has_advantage(self) -> bool:
+        """Whether any token has an advantage other than 0."""
+        return any(self.advantage) if isinstance(self.advantage, Sequence) else self.advantage != 0
 
     @cached_property
     def targets(self) -> list[int]:
@@ -57,11 +67,14 @@ class Row:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """What a loss needs to know of a micro-batch's model tokens, one after another: all [n], float32."""
+    """What a loss needs to know of a micro-batch's model tokens, one after another: all [n], float32 but for `rollout`."""
 
+    rollout: Tensor
+    """Which row each token belongs to, counted from 0 within the micro-batch. Rows are whole."""
     advantages: Tensor
     engine_logprobs: Tensor | None
     reference_logprobs: Tensor | None
+    old_logprobs: Tensor | None
     weights: Tensor
     rollout_tokens: Tensor
     """Model tokens of the token's row."""
@@ -129,9 +142,11 @@ def micro_batch(rows: Sequence[Row], indices: Sequence[int], device: torch.devic
         targets=torch.tensor([row.token_ids[t] for row in chosen for t in row.targets], device=device),
         temperatures=_per_token([row.temperature for row in chosen], counts, device),
         tokens=TokenBatch(
-            advantages=_per_token([row.advantage for row in chosen], counts, device),
+            rollout=rollout_index(counts, device),
+            advantages=_advantages(chosen, device),
             engine_logprobs=_at_model_tokens(chosen, "engine_logprobs", device),
             reference_logprobs=_at_model_tokens(chosen, "reference_logprobs", device),
+            old_logprobs=_at_model_tokens(chosen, "old_logprobs", device),
             weights=_per_token([row.weight for row in chosen], counts, device),
             rollout_tokens=_per_token([float(c) for c in counts], counts, device),
         ),
@@ -146,6 +161,13 @@ def filler(device: torch.device) -> MicroBatch:
 
 def _per_token(values: list[float], counts: list[int], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).repeat_interleave(torch.tensor(counts)).to(device)
+
+
+def _advantages(rows: list[Row], device: torch.device) -> Tensor:
+    """[n]"""
+    every = [row.advantage if isinstance(row.advantage, Sequence) else [row.advantage] * len(row.loss_mask) for row in rows]
+    picked = [values[t - row.prompt_length] for row, values in zip(rows, every, strict=True) for t in row.targets]
+    return torch.tensor(picked, dtype=torch.float32, device=device)
 
 
 def _at_model_tokens(rows: list[Row], name: str, device: torch.device) -> Tensor | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from services.contract.config import ObjectiveConfig
 from services.trainer.megatron.batching import Row, TokenBatch
-from services.trainer.objective.corrections import icepop, mismatch, truncated_importance
+from services.trainer.objective.corrections import correct, mismatch
+from services.trainer.objective.functions import loss_function, token_losses
 from services.trainer.objective.kl import kl_estimate
-from services.trainer.objective.losses import clipped_surrogate, rollout_mean, token_mean
+from services.trainer.objective.losses import LOSSES, PolicyTokens, TokenLoss, fixed_length_mean, rollout_mean, token_mean
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,20 @@ class Totals:
 
 
 class Loss(Protocol):
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether it is called with the entropy of every token."""
+        ...
+
     def contributes(self, row: Row) -> bool:
         """False when the row's gradient is known to be 0: it is not computed, but stays in the denominators."""
         ...
 
-    def __call__(self, logprobs: Tensor, tokens: TokenBatch, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
-        """logprobs [n], carrying the gradient. Returns (share of the loss, sums over the n tokens)."""
+    def __call__(
+        self, logprobs: Tensor, tokens: TokenBatch, totals: Totals, entropy: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """logprobs [n] and, if `needs_entropy`, entropy [n] of the distribution each token was drawn from (nats, at the row's
+        temperature), both carrying the gradient. Returns (share of the loss, sums over the n tokens)."""
         ...
 
 
@@ -49,61 +59,100 @@ class Loss(Protocol):
 class SupervisedLoss:
     """Cross-entropy on model tokens: mean over the batch's tokens, rows weighted."""
 
+    needs_entropy = False
+
     def contributes(self, row: Row) -> bool:
         return row.weight != 0
 
-    def __call__(self, logprobs: Tensor, tokens: TokenBatch, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(
+        self, logprobs: Tensor, tokens: TokenBatch, totals: Totals, entropy: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         share = -(tokens.weights * logprobs).sum() / max(totals.weight, 1e-9)
         return share, {"negative_logprob": -logprobs.detach().sum()}
 
 
 @dataclass(frozen=True)
-class GrpoLoss:
-    """Clipped surrogate, corrected for the engine's mismatch, plus KL to the reference policy.
+class PolicyLoss:
+    """A policy loss, corrected for the engine's mismatch, plus KL to the reference policy, minus the entropy bonus.
 
-    One optimizer step is taken per batch, so the old policy is the one being trained: old log-probs are its own,
-    without gradient, and the ratio is 1 until a batch is used more than once.
+    The old policy is that of the rows' `old_logprobs`. Rows without them are computed once: then the old policy is the one being
+    trained, old log-probs are its own without gradient, and the ratio is 1.
     """
 
     objective: ObjectiveConfig
+    mean_weight: float = 1.0
+    """Of the importance weights over the whole batch, which they are divided by."""
+
+    @property
+    def needs_entropy(self) -> bool:
+        return self.objective.entropy_coef > 0
+
+    @cached_property
+    def function(self) -> TokenLoss:
+        return loss_function(self.objective)
 
     def contributes(self, row: Row) -> bool:
-        return row.advantage != 0 or self.objective.kl_coef > 0
+        o = self.objective
+        return row.has_advantage or o.kl_in_loss or o.entropy_coef > 0 or o.loss not in LOSSES
 
-    def __call__(self, logprobs: Tensor, tokens: TokenBatch, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
-        o, old, mask = self.objective, logprobs.detach(), torch.ones_like(tokens.weights)
-        loss, clipped = clipped_surrogate(logprobs, old, tokens.advantages, o.clip_low, o.clip_high)
-        sums = {"clip_fraction": clipped.sum(), "negative_logprob": -old.sum()}
+    def __call__(
+        self, logprobs: Tensor, tokens: TokenBatch, totals: Totals, entropy: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        o = self.objective
+        now = logprobs.detach()
+        old = now if tokens.old_logprobs is None else tokens.old_logprobs
+        policy = PolicyTokens(logprobs, old, tokens.advantages, tokens.rollout)
+        loss, clipped = token_losses(self.function, policy, o)
+        sums = {"clip_fraction": clipped.sum(), "negative_logprob": -now.sum()}
+        if tokens.old_logprobs is not None:
+            sums["policy_kl"] = (old - now).sum()
+        keep = torch.ones_like(tokens.weights, dtype=torch.bool)
         if tokens.engine_logprobs is not None:
-            loss = loss * self._importance(old, tokens.engine_logprobs, mask)
-            sums |= self._mismatch_sums(old, tokens.engine_logprobs, mask)
+            train = now if o.old_policy == "engine" else old
+            correction = correct(train, tokens.engine_logprobs, tokens.rollout, o)
+            loss, keep = loss * (correction.weights / self.mean_weight), correction.keep
+            sums |= _mismatch_sums(train, tokens.engine_logprobs, keep, o)
         elif o.importance != "none":
             raise ValueError(f'importance = "{o.importance}" needs engine_logprobs on every row: carry them, or set it to "none"')
-        if o.kl_coef > 0:
-            if tokens.reference_logprobs is None:
-                raise ValueError(
-                    "kl_coef is above 0, but rows carry no reference_logprobs: fill them by Learner.reference_logprobs"
-                )
-            kl = kl_estimate(logprobs, tokens.reference_logprobs, o.kl_estimator)
+        if o.kl_in_loss:
+            kl = self._kl(logprobs, old, tokens.reference_logprobs)
             loss = loss + o.kl_coef * kl
             sums["reference_kl"] = kl.detach().sum()
-        if o.aggregate == "rollout_mean":
-            return rollout_mean(loss, mask, tokens.rollout_tokens, totals.rollouts), sums
-        return token_mean(loss, mask, totals.tokens), sums
+        if o.entropy_coef > 0:
+            bonus = _given(entropy, "entropy_coef is above 0, but the learner gave no entropy of the tokens")
+            loss = loss - o.entropy_coef * bonus
+            sums["entropy"] = bonus.detach().sum()
+        return self._aggregate(loss, keep, tokens, totals), sums
 
-    def _importance(self, old: Tensor, engine: Tensor, mask: Tensor) -> Tensor:
+    def _kl(self, logprobs: Tensor, old: Tensor, reference: Tensor | None) -> Tensor:
         o = self.objective
-        if o.importance == "none":
-            return mask
-        weigh = truncated_importance if o.importance == "tis" else icepop
-        return weigh(old, engine, mask, o.importance_low, o.importance_high)
+        missing = "kl_coef is above 0, but rows carry no reference_logprobs: fill them by Learner.reference_logprobs"
+        return kl_estimate(logprobs, _given(reference, missing), o.kl_estimator, old if o.kl_unbiased else None)
 
-    def _mismatch_sums(self, old: Tensor, engine: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        gap = mismatch(old, engine, mask, self.objective.importance_low, self.objective.importance_high)
-        return {
-            "mismatch_abs": gap.absolute.sum(),
-            "mismatch_k1": gap.k1.sum(),
-            "mismatch_k3": gap.k3.sum(),
-            "importance_mean": gap.ratio.sum(),
-            "importance_clip_fraction": gap.outside.sum(),
-        }
+    def _aggregate(self, loss: Tensor, keep: Tensor, tokens: TokenBatch, totals: Totals) -> Tensor:
+        o = self.objective
+        if o.aggregate == "rollout_mean":
+            return rollout_mean(loss, keep, tokens.rollout_tokens, totals.rollouts)
+        if o.aggregate == "fixed_length":
+            return fixed_length_mean(loss, keep, totals.rollouts, o.fixed_length or 1)
+        return token_mean(loss, keep, totals.tokens)
+
+
+def _given(values: Tensor | None, missing: str) -> Tensor:
+    if values is None:
+        raise ValueError(missing)
+    return values
+
+
+def _mismatch_sums(train: Tensor, engine: Tensor, keep: Tensor, o: ObjectiveConfig) -> dict[str, Tensor]:
+    gap = mismatch(train, engine, o.importance_low, o.importance_high)
+    sums = {
+        "mismatch_abs": gap.absolute.sum(),
+        "mismatch_k1": gap.k1.sum(),
+        "mismatch_k3": gap.k3.sum(),
+        "importance_mean": gap.ratio.sum(),
+        "importance_clip_fraction": gap.outside.sum(),
+    }
+    if o.importance == "mis" or o.reject_level != "none" or o.veto is not None:
+        sums["rejected_fraction"] = (~keep).sum()
+    return sums

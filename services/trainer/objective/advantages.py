@@ -1,57 +1,66 @@
-"""Advantages of a rollout relative to the other rollouts of its group (one group: one question sampled several times).
+"""Advantages: how much better a rollout, or a token of it, was than could be expected.
 
-GRPO (Shao et al. 2024, arXiv 2402.03300) divides by the group's standard deviation; Dr. GRPO (Liu et al. 2025,
-arXiv 2503.20783) leaves that out, because it weighs questions by how even their rewards are.
-An incomplete group is an error here, never a smaller group: its mean would be another baseline.
+| `objective.advantage`        | advantage                                                  | source                   |
+|------------------------------|------------------------------------------------------------|--------------------------|
+| grpo                         | (R - mean of the group) / (its standard deviation + 1e-6)  | GRPO (2402.03300)        |
+| dr_grpo                      | R - mean of the group                                      | Dr. GRPO (2503.20783)    |
+| rloo                         | R - mean of the group's other rollouts                     | RLOO (2402.14740)        |
+| reinforce_plus_plus          | discounted sum of the token rewards that follow, whitened  | REINFORCE++ (2501.03262) |
+| reinforce_plus_plus_baseline | R - mean of the group - kl_coef·KL of the token, whitened  | the same, with baseline  |
+
+A group is one question sampled several times. An incomplete group is an error here, never a smaller group: its mean would be
+another baseline. Whitening is over all model tokens of the batch. With the KL in the reward, rloo subtracts kl_coef times the
+rollout's summed KL from R, and a token of reinforce_plus_plus is rewarded -kl_coef·KL, the last one R besides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from services.contract.config import ObjectiveConfig
+
 STD_FLOOR = 1e-6
 """Added to the standard deviation, so that a group of equal rewards has advantage 0 and not NaN."""
+VARIANCE_FLOOR = 1e-8
+Baseline = Literal["grpo", "dr_grpo", "rloo"]
 
 
-def group_advantages(rewards: Tensor, baseline: Literal["grpo", "dr_grpo"] = "grpo") -> Tensor:
-    """Advantages of complete groups.
+@dataclass(frozen=True)
+class RolloutBatch:
+    """A batch as an advantage sees it. Rollouts are in the order of `rewards`, group after group; all float64."""
 
-    rewards: [groups, samples], at least two samples. Returns the same shape and dtype.
-    grpo: (reward - mean) / (unbiased standard deviation + 1e-6); dr_grpo: reward - mean.
-    """
-    if rewards.dim() != 2 or rewards.shape[1] < 2:
-        raise ValueError(f"rewards have shape {tuple(rewards.shape)}: give [groups, samples] with at least two samples a group")
+    rewards: Tensor
+    """[groups, samples]"""
+    masks: list[Tensor]
+    """Per rollout, bool [response]: True at the model's own tokens."""
+    kl: list[Tensor] | None = None
+    """Per rollout, [response]: estimated KL to the reference in nats, 0 where observed. None unless the KL is in the reward."""
+
+    def __post_init__(self) -> None:
+        if self.rewards.dim() != 2 or self.rewards.shape[1] < 2:
+            raise ValueError(f"rewards have shape {tuple(self.rewards.shape)}: give [groups, samples], two samples or more")
+        if len(self.masks) != self.rewards.numel():
+            raise ValueError(f"{len(self.masks)} rollouts for {self.rewards.numel()} rewards: train on complete groups only")
+
+
+AdvantageFunction = Callable[[RolloutBatch, ObjectiveConfig], list[Tensor]]
+"""One tensor a rollout: a scalar for all its tokens, or [response]."""
+
+
+def group_advantages(rewards: Tensor, baseline: Baseline = "grpo") -> Tensor:
+    """rewards: [groups, samples], at least two samples. Returns the same shape and dtype."""
     centred = rewards - rewards.mean(dim=1, keepdim=True)
+    if baseline == "rloo":
+        return centred * (rewards.shape[1] / (rewards.shape[1] - 1))
     if baseline == "dr_grpo":
         return centred
     return centred / (rewards.std(dim=1, keepdim=True) + STD_FLOOR)
-
-
-def advantages_by_group(
-    rewards: Sequence[float],
-    group_ids: Sequence[Hashable],
-    samples_per_group: int,
-    baseline: Literal["grpo", "dr_grpo"] = "grpo",
-) -> Tensor:
-    """Advantages in the order of `rewards`, whatever the order of the groups. Returns [rollouts], float64.
-
-    Raises ValueError when a group does not have exactly `samples_per_group` rollouts.
-    """
-    if len(rewards) != len(group_ids):
-        raise ValueError(f"{len(rewards)} rewards but {len(group_ids)} group ids: give one of each per rollout")
-    members = _members(group_ids)
-    for group, indices in members.items():
-        if len(indices) != samples_per_group:
-            raise ValueError(f"group {group!r} has {len(indices)} rollouts, not {samples_per_group}: train on complete groups only")
-    order = torch.tensor([i for indices in members.values() for i in indices], dtype=torch.long)
-    ordered = torch.tensor(rewards, dtype=torch.float64)[order].reshape(len(members), samples_per_group)
-    advantages = torch.empty(len(rewards), dtype=torch.float64)
-    advantages[order] = group_advantages(ordered, baseline).reshape(-1)
-    return advantages
 
 
 def zero_variance(rewards: Sequence[float]) -> bool:
@@ -59,8 +68,93 @@ def zero_variance(rewards: Sequence[float]) -> bool:
     return len(set(rewards)) <= 1
 
 
-def _members(group_ids: Sequence[Hashable]) -> dict[Hashable, list[int]]:
-    members: dict[Hashable, list[int]] = {}
-    for index, group in enumerate(group_ids):
-        members.setdefault(group, []).append(index)
-    return members
+def token_rewards(reward: float, mask: Tensor, kl: Tensor | None, kl_coef: float) -> Tensor:
+    """[response]: -kl_coef·KL at the model's tokens, and the rollout's reward on the last of them."""
+    rewards = torch.zeros(len(mask), dtype=torch.float64)
+    if kl is not None:
+        rewards -= kl_coef * torch.where(mask, kl, 0.0)
+    if mask.any():
+        rewards[int(mask.nonzero()[-1])] += reward
+    return rewards
+
+
+def discounted_returns(rewards: Tensor, gamma: float) -> Tensor:
+    """Σ over k ≥ t of gamma^(k - t) · reward of k, for one rollout [response]. Observed tokens count as time, as in slime."""
+    backwards = accumulate(reversed(rewards.tolist()), lambda following, reward: reward + gamma * following)
+    return torch.tensor(list(backwards)[::-1], dtype=rewards.dtype)
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (arXiv 1506.02438) over the model's tokens of one rollout, all [response].
+
+    An observation is not the policy's doing: it is no step in time, and its value is never asked for. Nothing follows the last
+    token. Returns (advantages, returns = advantages + values), both 0 at observed tokens.
+    """
+    rewards, own = rewards[mask], values[mask]
+    deltas = rewards + gamma * torch.cat([own[1:], own.new_zeros(min(1, len(own)))]) - own
+    advantages = torch.zeros_like(values)
+    advantages[mask] = discounted_returns(deltas, gamma * lam)
+    return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+def whiten(values: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
+    """Shift and scale to mean 0 and variance 1 over all model tokens (unbiased variance + 1e-8). Lists of [response].
+
+    With fewer than two model tokens there is no variance: then only the mean is taken off.
+    """
+    own = torch.cat([v[m] for v, m in zip(values, masks, strict=True)]) if values else torch.zeros(0)
+    if not len(own):
+        return values
+    scale = torch.rsqrt(own.var() + VARIANCE_FLOOR) if len(own) > 1 else torch.ones(())
+    return [(v - own.mean()) * scale for v in values]
+
+
+def grpo(batch: RolloutBatch, _: ObjectiveConfig) -> list[Tensor]:
+    return _each(group_advantages(batch.rewards, "grpo"))
+
+
+def dr_grpo(batch: RolloutBatch, _: ObjectiveConfig) -> list[Tensor]:
+    return _each(group_advantages(batch.rewards, "dr_grpo"))
+
+
+def rloo(batch: RolloutBatch, o: ObjectiveConfig) -> list[Tensor]:
+    rewards = batch.rewards
+    if batch.kl is not None:
+        rewards = rewards - o.kl_coef * torch.stack([kl.sum() for kl in batch.kl]).reshape(rewards.shape)
+    return _each(group_advantages(rewards, "rloo"))
+
+
+def reinforce_plus_plus(batch: RolloutBatch, o: ObjectiveConfig) -> list[Tensor]:
+    return whiten(reinforce_returns(batch, o), batch.masks)
+
+
+def reinforce_returns(batch: RolloutBatch, o: ObjectiveConfig) -> list[Tensor]:
+    """REINFORCE++ before it is whitened: per rollout [response]."""
+    kls = batch.kl or [None] * len(batch.masks)
+    rewards = batch.rewards.reshape(-1).tolist()
+    tokens = [token_rewards(r, mask, kl, o.kl_coef) for r, mask, kl in zip(rewards, batch.masks, kls, strict=True)]
+    return [discounted_returns(row, o.gamma) for row in tokens]
+
+
+def reinforce_plus_plus_baseline(batch: RolloutBatch, o: ObjectiveConfig) -> list[Tensor]:
+    return whiten(baseline_returns(batch, o), batch.masks)
+
+
+def baseline_returns(batch: RolloutBatch, o: ObjectiveConfig) -> list[Tensor]:
+    """REINFORCE++ with the group's baseline, before it is whitened: per rollout [response]."""
+    centred = dr_grpo(batch, o)
+    kls = batch.kl or [torch.zeros(len(mask), dtype=torch.float64) for mask in batch.masks]
+    return [value - o.kl_coef * kl for value, kl in zip(centred, kls, strict=True)]
+
+
+def _each(advantages: Tensor) -> list[Tensor]:
+    return list(advantages.reshape(-1).unbind())
+
+
+ADVANTAGES: dict[str, AdvantageFunction] = {
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "rloo": rloo,
+    "reinforce_plus_plus": reinforce_plus_plus,
+    "reinforce_plus_plus_baseline": reinforce_plus_plus_baseline,
+}

@@ -1,0 +1,36 @@
+"""Where the reference policy lies: `<run folder>/reference`, later ones as `reference-000010` after the step they are of.
+
+| what happens                            | which reference a resumed run finds                                          |
+|-----------------------------------------|------------------------------------------------------------------------------|
+| nothing refreshed yet                   | `reference`, written after the warm start; without one the starting model    |
+| crash after the folder, before the checkpoint | the one before: the ledger does not know the new one, which is written again |
+| refreshed and checkpointed              | the one that the checkpoint's ledger names                                   |
+| the newest checkpoint is damaged        | that of the one before it; as many are kept as there are checkpoints, and one |
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from services.contract.config import ConfigError
+
+
+def reference_folder(run_folder: Path, step: int) -> Path:
+    return run_folder / (f"reference-{step:06d}" if step else "reference")
+
+
+def kept_reference(run_folder: Path, step: int, starting_model: Path) -> Path:
+    """The folder to load. Raises ConfigError when a refreshed reference is gone."""
+    folder = reference_folder(run_folder, step)
+    if folder.exists():
+        return folder
+    if step:
+        raise ConfigError(f"the reference policy {folder} is gone: put it back, or start the run under another run.name")
+    return starting_model
+
+
+def forget_references(run_folder: Path, keep: int) -> None:
+    """Remove all refreshed references but the newest `keep`."""
+    for folder in sorted(run_folder.glob("reference-*"))[:-keep]:
+        shutil.rmtree(folder)

@@ -1,0 +1,40 @@
+"""Which reference policy a run loads, and which are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from services.contract.config import ConfigError
+from services.trainer.reference import forget_references, kept_reference, reference_folder
+
+
+def written(run: Path, *steps: int) -> None:
+    for step in steps:
+        reference_folder(run, step).mkdir()
+
+
+def test_the_one_of_the_ledgers_step_is_loaded(tmp_path: Path) -> None:
+    written(tmp_path, 0, 10, 20)
+    assert [kept_reference(tmp_path, step, Path("start")).name for step in (0, 10, 20)] == [
+        "reference",
+        "reference-000010",
+        "reference-000020",
+    ]
+
+
+def test_without_a_warm_start_it_is_the_starting_model(tmp_path: Path) -> None:
+    assert kept_reference(tmp_path, 0, Path("start")) == Path("start")
+
+
+def test_a_refreshed_one_that_is_gone_is_no_reason_to_take_another(tmp_path: Path) -> None:
+    written(tmp_path, 0)
+    with pytest.raises(ConfigError, match="reference-000010 is gone: put it back"):
+        kept_reference(tmp_path, 10, Path("start"))
+
+
+def test_the_newest_are_kept_and_the_first_one_always(tmp_path: Path) -> None:
+    written(tmp_path, 0, 5, 10, 15, 20)
+    forget_references(tmp_path, keep=2)
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["reference", "reference-000015", "reference-000020"]
