@@ -151,10 +151,8 @@ def test_they_are_taken_when_too_many_were_replaced(store: GroupStore) -> None:
 def test_every_step_may_replace_anew(store: GroupStore) -> None:
     batches = make_batches(store, Ledger(), dynamic_sampling=True, dynamic_sampling_limit=1)
     with KeepPlaying(store, equal=range(100)):
-        assert [train_on(batches) for _ in range(2)] == [
-            ["t00000003", "t00000004", "t00000005"],
-            ["t00000009", "t00000010", "t00000011"],
-        ]
+        trained = [train_on(batches) for _ in range(2)]
+    assert [[int(g[1:]) for g in step] for step in trained] == [[3, 4, 5], [9, 10, 11]]
 
 
 def test_without_dynamic_sampling_equal_rewards_are_a_batch_like_any_other(store: GroupStore) -> None:

@@ -49,11 +49,13 @@ def mean_loss(inputs: Golden, found: Correction) -> Tensor:
     return rollout_mean(loss, found.keep, own_rollout_tokens(masks), len(masks))
 
 
+COUNTS_EMPTY_ROLLOUTS = "mm-070"
+
+
 def as_in_the_original(c: Golden) -> bool:
     """Left out: a mean over sequences that counts those without a model token (see below), and `metrics_only`, where rejection is
     computed but not applied."""
-    sequence_mean = c["category"] == "masked_row" and c["inputs"]["config"]["tis_level"] == "sequence"
-    return c["kind"] == "mis" and c["category"] != "metrics_only" and not sequence_mean
+    return c["kind"] == "mis" and c["category"] != "metrics_only" and c["id"] != COUNTS_EMPTY_ROLLOUTS
 
 
 @pytest.mark.parametrize("case", cases("mismatch_correction.json", as_in_the_original))
@@ -104,7 +106,7 @@ def test_normalisation_is_defined_at_the_geometric_level() -> None:
     assert mean_weight(weights, ROLLOUT, "token") == pytest.approx(0.875)
 
 
-@pytest.mark.parametrize("case", cases("mismatch_correction.json", lambda c: c["id"] == "mm-070"))
+@pytest.mark.parametrize("case", cases("mismatch_correction.json", lambda c: c["id"] == COUNTS_EMPTY_ROLLOUTS))
 def test_a_rollout_without_model_tokens_has_no_weight_to_average(case: Golden) -> None:
     """The original counts it as a weight of 0, so that the others' mean comes out above 1."""
     inputs, masks = case["inputs"], case["inputs"]["loss_masks"]

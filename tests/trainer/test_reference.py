@@ -17,11 +17,8 @@ def written(run: Path, *steps: int) -> None:
 
 def test_the_one_of_the_ledgers_step_is_loaded(tmp_path: Path) -> None:
     written(tmp_path, 0, 10, 20)
-    assert [kept_reference(tmp_path, step, Path("start")).name for step in (0, 10, 20)] == [
-        "reference",
-        "reference-000010",
-        "reference-000020",
-    ]
+    found = [kept_reference(tmp_path, step, Path("start")).name for step in (0, 10, 20)]
+    assert found == ["reference", "reference-000010", "reference-000020"]
 
 
 def test_without_a_warm_start_it_is_the_starting_model(tmp_path: Path) -> None:
