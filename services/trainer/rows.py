@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,9 +40,9 @@ def with_logprobs(rows: list[Row], learner: Learner, o: ObjectiveConfig) -> list
     if o.kl_coef:
         rows = [replace(row, reference_logprobs=v) for row, v in zip(rows, learner.reference_logprobs(rows), strict=True)]
     if o.old_policy == "engine":
-        return [replace(row, old_logprobs=row.engine_logprobs) for row in rows]
+        return [_with_values(row, old_logprobs=row.engine_logprobs) for row in rows]
     if o.recomputes_logprobs:
-        return [replace(row, old_logprobs=v) for row, v in zip(rows, learner.logprobs(rows), strict=True)]
+        return [_with_values(row, old_logprobs=v) for row, v in zip(rows, learner.logprobs(rows), strict=True)]
     return rows
 
 
@@ -51,14 +52,18 @@ def with_advantages(rows: list[Row], groups: list[CompleteGroup], o: ObjectiveCo
     masks = [torch.tensor(row.loss_mask, dtype=torch.bool) for row in rows]
     kl = [_kl(row, mask, o) for row, mask in zip(rows, masks, strict=True)] if o.kl_in_reward else None
     found = advantages_of(RolloutBatch(rewards, masks, kl), o)
-    return [replace(row, advantage=_plain(values, mask)) for row, values, mask in zip(rows, found, masks, strict=True)]
+    if not any(values.dim() for values in found):
+        return [replace(row, advantage=values.item()) for row, values in zip(rows, found, strict=True)]
+    per_token = [torch.where(mask, values, 0.0).tolist() for mask, values in zip(masks, found, strict=True)]
+    return [_with_values(row, advantages=values) for row, values in zip(rows, per_token, strict=True)]
 
 
 def whole_batch_mean_weight(rows: list[Row], o: ObjectiveConfig) -> float:
     """What the importance weights are divided by: their mean over all model tokens of the batch, on all ranks alike."""
     if not o.importance_normalize:
         return 1.0
-    old, engine = _at_model_tokens(rows, "old_logprobs"), _at_model_tokens(rows, "engine_logprobs")
+    old = _at_model_tokens(rows, [row.token_values["old_logprobs"] for row in rows])
+    engine = _at_model_tokens(rows, [row.engine_logprobs for row in rows])
     rollout = rollout_index([len(row.targets) for row in rows])
     return mean_weight(correct(old, engine, rollout, o).weights, rollout, o.importance_level)
 
@@ -76,19 +81,17 @@ def mismatch_figures(learner: Learner, rows: list[Row], sample: int = 4) -> dict
     return {"mismatch_abs": float(gap.abs().mean()), "mismatch_k3": float((gap.exp() - 1 - gap).mean())}
 
 
+def _with_values(row: Row, **values: Any) -> Row:
+    return replace(row, token_values={**row.token_values, **values})
+
+
 def _kl(row: Row, mask: Tensor, o: ObjectiveConfig) -> Tensor:
     """[response] float64, 0 where observed."""
-    old, reference = (torch.as_tensor(v, dtype=torch.float64) for v in (row.old_logprobs, row.reference_logprobs))
+    old, reference = (torch.as_tensor(v, dtype=torch.float64) for v in (row.token_values["old_logprobs"], row.reference_logprobs))
     return torch.where(mask, kl_estimate(old, reference, o.kl_estimator), 0.0)
 
 
-def _plain(advantage: Tensor, mask: Tensor) -> float | list[float]:
-    return torch.where(mask, advantage, 0.0).tolist() if advantage.dim() else advantage.item()
-
-
-def _at_model_tokens(rows: list[Row], name: str) -> Tensor:
-    """[n] float64, the rows one after another."""
-    picked = [
-        torch.as_tensor(getattr(row, name), dtype=torch.float64)[torch.tensor(row.loss_mask, dtype=torch.bool)] for row in rows
-    ]
-    return torch.cat(picked)
+def _at_model_tokens(rows: list[Row], lists: list[Any]) -> Tensor:
+    """[n] float64, the rows one after another. lists: [response] of each."""
+    every = torch.cat([torch.as_tensor(values, dtype=torch.float64) for values in lists])
+    return every[torch.tensor([own for row in rows for own in row.loss_mask], dtype=torch.bool)]

@@ -6,14 +6,12 @@ length before they are put together, so padding (on the right) stays small. A ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
-
-from services.trainer.objective.packed import rollout_index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,30 +27,24 @@ class Row:
     engine_logprobs: Sequence[float] | None = None
     """What the engine said when it sampled; read at model tokens only."""
     reference_logprobs: Sequence[float] | Tensor | None = None
-    old_logprobs: Sequence[float] | Tensor | None = None
-    """Of the policy that the ratio is taken to. None: the policy as it is when the row is computed."""
-    advantage: float | Sequence[float] = 0.0
-    """One for all tokens, or one for each response token."""
+    advantage: float = 0.0
     weight: float = 1.0
     """Share of a supervised row relative to others."""
     temperature: float = 1.0
     """Logits are divided by it, as the engine did when it sampled."""
+    token_values: Mapping[str, Sequence[float] | Tensor] = field(default_factory=dict)
+    """Whatever else a loss asks for by name, such as `old_logprobs`: one entry per response token."""
 
     def __post_init__(self) -> None:
         response = len(self.token_ids) - self.prompt_length
         if self.prompt_length < 1 or response < 0:
             raise ValueError(f"a row of {len(self.token_ids)} tokens cannot have prompt_length {self.prompt_length}")
-        for name in ("loss_mask", "engine_logprobs", "reference_logprobs", "old_logprobs", "advantage"):
-            values = getattr(self, name)
-            if values is not None and not isinstance(values, float | int) and len(values) != response:
+        named = {name: getattr(self, name) for name in ("loss_mask", "engine_logprobs", "reference_logprobs")}
+        for name, values in (named | dict(self.token_values)).items():
+            if values is not None and len(values) != response:
                 raise ValueError(f"{name} has {len(values)} entries for a response of {response} tokens: give one for each")
         if self.temperature <= 0:
             raise ValueError(f"temperature {self.temperature} is not above 0: give the one that the tokens were sampled with")
-
-    @property
-    def has_advantage(self) -> bool:
-        """Whether any token has an advantage other than 0."""
-        return any(self.advantage) if isinstance(self.advantage, Sequence) else self.advantage != 0
 
     @cached_property
     def targets(self) -> list[int]:
@@ -67,17 +59,20 @@ class Row:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """What a loss needs to know of a micro-batch's model tokens, one after another: all [n], float32 but for `rollout`."""
+    """What a loss needs to know of a micro-batch's model tokens, row after row: all [n], float32 unless said."""
 
-    rollout: Tensor
-    """Which row each token belongs to, counted from 0 within the micro-batch. Rows are whole."""
     advantages: Tensor
     engine_logprobs: Tensor | None
     reference_logprobs: Tensor | None
-    old_logprobs: Tensor | None
     weights: Tensor
     rollout_tokens: Tensor
     """Model tokens of the token's row."""
+    row_index: Tensor
+    """int64, which of the micro-batch's rows the token is of. Rows are never cut, so sums over a row are sums over these."""
+    token_values: Mapping[str, Tensor]
+    """Those of `Row.token_values` that every row has."""
+    entropy: Tensor | None = None
+    """In nats, with gradient; only for a loss whose `wants_entropy` is true."""
 
 
 @dataclass(frozen=True)
@@ -141,15 +136,20 @@ def micro_batch(rows: Sequence[Row], indices: Sequence[int], device: torch.devic
         positions=torch.tensor([(t - 1) * width + i for i, r in enumerate(chosen) for t in r.targets], device=device),
         targets=torch.tensor([row.token_ids[t] for row in chosen for t in row.targets], device=device),
         temperatures=_per_token([row.temperature for row in chosen], counts, device),
-        tokens=TokenBatch(
-            rollout=rollout_index(counts, device),
-            advantages=_advantages(chosen, device),
-            engine_logprobs=_at_model_tokens(chosen, "engine_logprobs", device),
-            reference_logprobs=_at_model_tokens(chosen, "reference_logprobs", device),
-            old_logprobs=_at_model_tokens(chosen, "old_logprobs", device),
-            weights=_per_token([row.weight for row in chosen], counts, device),
-            rollout_tokens=_per_token([float(c) for c in counts], counts, device),
-        ),
+        tokens=_token_batch(chosen, counts, device),
+    )
+
+
+def _token_batch(rows: Sequence[Row], counts: list[int], device: torch.device) -> TokenBatch:
+    shared = set(rows[0].token_values).intersection(*(row.token_values for row in rows))
+    return TokenBatch(
+        advantages=_per_token([row.advantage for row in rows], counts, device),
+        engine_logprobs=_at_model_tokens(rows, [row.engine_logprobs for row in rows], device),
+        reference_logprobs=_at_model_tokens(rows, [row.reference_logprobs for row in rows], device),
+        weights=_per_token([row.weight for row in rows], counts, device),
+        rollout_tokens=_per_token([float(c) for c in counts], counts, device),
+        row_index=torch.arange(len(rows)).repeat_interleave(torch.tensor(counts)).to(device),
+        token_values={name: _required(rows, name, device) for name in sorted(shared)},
     )
 
 
@@ -163,17 +163,17 @@ def _per_token(values: list[float], counts: list[int], device: torch.device) -> 
     return torch.tensor(values, dtype=torch.float32).repeat_interleave(torch.tensor(counts)).to(device)
 
 
-def _advantages(rows: list[Row], device: torch.device) -> Tensor:
-    """[n]"""
-    every = [row.advantage if isinstance(row.advantage, Sequence) else [row.advantage] * len(row.loss_mask) for row in rows]
-    picked = [values[t - row.prompt_length] for row, values in zip(rows, every, strict=True) for t in row.targets]
-    return torch.tensor(picked, dtype=torch.float32, device=device)
+def _required(rows: Sequence[Row], name: str, device: torch.device) -> Tensor:
+    values = _at_model_tokens(rows, [row.token_values[name] for row in rows], device)
+    assert values is not None
+    return values
 
 
-def _at_model_tokens(rows: list[Row], name: str, device: torch.device) -> Tensor | None:
+def _at_model_tokens(rows: Sequence[Row], lists: Sequence[Sequence[float] | Tensor | None], device: torch.device) -> Tensor | None:
     """[n], or None unless every row has it."""
-    lists = [getattr(row, name) for row in rows]
-    if any(values is None for values in lists):
-        return None
-    picked = [float(values[t - row.prompt_length]) for row, values in zip(rows, lists, strict=True) for t in row.targets]
+    picked = []
+    for row, values in zip(rows, lists, strict=True):
+        if values is None:
+            return None
+        picked += [float(values[t - row.prompt_length]) for t in row.targets]
     return torch.tensor(picked, dtype=torch.float32, device=device)

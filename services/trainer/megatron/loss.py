@@ -39,19 +39,16 @@ class Totals:
 
 class Loss(Protocol):
     @property
-    def needs_entropy(self) -> bool:
-        """Whether it is called with the entropy of every token."""
+    def wants_entropy(self) -> bool:
+        """Whether `tokens.entropy` must be there."""
         ...
 
     def contributes(self, row: Row) -> bool:
         """False when the row's gradient is known to be 0: it is not computed, but stays in the denominators."""
         ...
 
-    def __call__(
-        self, logprobs: Tensor, tokens: TokenBatch, totals: Totals, entropy: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """logprobs [n] and, if `needs_entropy`, entropy [n] of the distribution each token was drawn from (nats, at the row's
-        temperature), both carrying the gradient. Returns (share of the loss, sums over the n tokens)."""
+    def __call__(self, logprobs: Tensor, tokens: TokenBatch, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
+        """logprobs [n], carrying the gradient. Returns (share of the loss, sums over the n tokens)."""
         ...
 
 
@@ -59,14 +56,12 @@ class Loss(Protocol):
 class SupervisedLoss:
     """Cross-entropy on model tokens: mean over the batch's tokens, rows weighted."""
 
-    needs_entropy = False
+    wants_entropy = False
 
     def contributes(self, row: Row) -> bool:
         return row.weight != 0
 
-    def __call__(
-        self, logprobs: Tensor, tokens: TokenBatch, totals: Totals, entropy: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, logprobs: Tensor, tokens: TokenBatch, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
         share = -(tokens.weights * logprobs).sum() / max(totals.weight, 1e-9)
         return share, {"negative_logprob": -logprobs.detach().sum()}
 
@@ -76,7 +71,8 @@ class PolicyLoss:
     """A policy loss, corrected for the engine's mismatch, plus KL to the reference policy, minus the entropy bonus.
 
     The old policy is that of the rows' `old_logprobs`. Rows without them are computed once: then the old policy is the one being
-    trained, old log-probs are its own without gradient, and the ratio is 1.
+    trained, old log-probs are its own without gradient, and the ratio is 1. Rows may bring `advantages`, one a token, instead
+    of the row's own. Both are `token_values`.
     """
 
     objective: ObjectiveConfig
@@ -84,7 +80,7 @@ class PolicyLoss:
     """Of the importance weights over the whole batch, which they are divided by."""
 
     @property
-    def needs_entropy(self) -> bool:
+    def wants_entropy(self) -> bool:
         return self.objective.entropy_coef > 0
 
     @cached_property
@@ -93,23 +89,21 @@ class PolicyLoss:
 
     def contributes(self, row: Row) -> bool:
         o = self.objective
-        return row.has_advantage or o.kl_in_loss or o.entropy_coef > 0 or o.loss not in LOSSES
+        has_advantage = row.advantage != 0 or any(row.token_values.get("advantages", ()))
+        return has_advantage or o.kl_in_loss or o.entropy_coef > 0 or o.loss not in LOSSES
 
-    def __call__(
-        self, logprobs: Tensor, tokens: TokenBatch, totals: Totals, entropy: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        o = self.objective
-        now = logprobs.detach()
-        old = now if tokens.old_logprobs is None else tokens.old_logprobs
-        policy = PolicyTokens(logprobs, old, tokens.advantages, tokens.rollout)
+    def __call__(self, logprobs: Tensor, tokens: TokenBatch, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
+        o, now = self.objective, logprobs.detach()
+        old = tokens.token_values.get("old_logprobs", now)
+        policy = PolicyTokens(logprobs, old, tokens.token_values.get("advantages", tokens.advantages), tokens.row_index)
         loss, clipped = token_losses(self.function, policy, o)
         sums = {"clip_fraction": clipped.sum(), "negative_logprob": -now.sum()}
-        if tokens.old_logprobs is not None:
+        if "old_logprobs" in tokens.token_values:
             sums["policy_kl"] = (old - now).sum()
         keep = torch.ones_like(tokens.weights, dtype=torch.bool)
         if tokens.engine_logprobs is not None:
             train = now if o.old_policy == "engine" else old
-            correction = correct(train, tokens.engine_logprobs, tokens.rollout, o)
+            correction = correct(train, tokens.engine_logprobs, tokens.row_index, o)
             loss, keep = loss * (correction.weights / self.mean_weight), correction.keep
             sums |= _mismatch_sums(train, tokens.engine_logprobs, keep, o)
         elif o.importance != "none":
@@ -119,9 +113,9 @@ class PolicyLoss:
             loss = loss + o.kl_coef * kl
             sums["reference_kl"] = kl.detach().sum()
         if o.entropy_coef > 0:
-            bonus = _given(entropy, "entropy_coef is above 0, but the learner gave no entropy of the tokens")
-            loss = loss - o.entropy_coef * bonus
-            sums["entropy"] = bonus.detach().sum()
+            entropy = _given(tokens.entropy, "entropy_coef is above 0, but the learner gave no entropy of the tokens")
+            loss = loss - o.entropy_coef * entropy
+            sums["entropy"] = entropy.detach().sum()
         return self._aggregate(loss, keep, tokens, totals), sums
 
     def _kl(self, logprobs: Tensor, old: Tensor, reference: Tensor | None) -> Tensor:
