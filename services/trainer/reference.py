@@ -20,6 +20,11 @@ def reference_folder(run_folder: Path, step: int) -> Path:
     return run_folder / (f"reference-{step:06d}" if step else "reference")
 
 
+def refresh_is_due(step: int, reference_step: int, every: int) -> bool:
+    """Whether the policy becomes its own reference after `step`. every: `reference_every`; 0 never refreshes."""
+    return every > 0 and step - reference_step >= every
+
+
 def kept_reference(run_folder: Path, step: int, starting_model: Path) -> Path:
     """The folder to load. Raises ConfigError when a refreshed reference is gone."""
     folder = reference_folder(run_folder, step)

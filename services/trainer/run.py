@@ -32,7 +32,7 @@ from services.trainer.objective.functions import check_functions
 from services.trainer.publish import Publisher, write_hf_folder
 from services.trainer.questions import TrainingOrder, read_questions, stratified
 from services.trainer.ranks import StopRequested, is_lead, on_lead
-from services.trainer.reference import forget_references, kept_reference, reference_folder
+from services.trainer.reference import forget_references, kept_reference, reference_folder, refresh_is_due
 from services.trainer.report import results_table
 from services.trainer.transcripts import write_transcripts
 
@@ -163,8 +163,8 @@ class Run:
 
     def refresh_reference(self) -> bool:
         """Make the present policy the reference if `reference_every` says so. Then a checkpoint must follow (see reference.py)."""
-        every, step = self.config.trainer.objective.reference_every, self.ledger.step
-        if not every or step - self.ledger.reference_step < every:
+        step = self.ledger.step
+        if not refresh_is_due(step, self.ledger.reference_step, self.config.trainer.objective.reference_every):
             return False
         on_lead(lambda: self._copy_version(reference_folder(self.folder, step)))
         self.ledger.reference_step = step

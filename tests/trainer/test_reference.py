@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from services.contract.config import ConfigError
-from services.trainer.reference import forget_references, kept_reference, reference_folder
+from services.trainer.reference import forget_references, kept_reference, reference_folder, refresh_is_due
 
 
 def written(run: Path, *steps: int) -> None:
@@ -19,6 +19,16 @@ def test_the_one_of_the_ledgers_step_is_loaded(tmp_path: Path) -> None:
     written(tmp_path, 0, 10, 20)
     found = [kept_reference(tmp_path, step, Path("start")).name for step in (0, 10, 20)]
     assert found == ["reference", "reference-000010", "reference-000020"]
+
+
+@pytest.mark.parametrize(
+    ("step", "reference_step", "every", "due"),
+    [(1, 0, 0, False), (4, 0, 5, False), (5, 0, 5, True), (9, 5, 5, False), (10, 5, 5, True), (12, 5, 5, True)],
+)
+def test_it_is_refreshed_every_so_many_steps_also_when_one_was_missed(
+    step: int, reference_step: int, every: int, due: bool
+) -> None:
+    assert refresh_is_due(step, reference_step, every) == due
 
 
 def test_without_a_warm_start_it_is_the_starting_model(tmp_path: Path) -> None:
