@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from statistics import fmean
 
 from services.contract.config import ObjectiveConfig
 from services.trainer.collect import CompleteGroup
@@ -47,8 +48,9 @@ def summary(steps: list[dict[str, float]]) -> dict[str, float]:
     if len(steps) == 1:
         return steps[0]
     figures = {name: sum(step[name] for step in steps) for name in ADDED_UP}
-    figures |= {name: sum(step[name] for step in steps) / len(steps) for name in ONE_EACH}
-    for name in {name for step in steps for name in step} - figures.keys():
+    figures |= {name: fmean(step[name] for step in steps) for name in ONE_EACH}
+    for name in sorted({name for step in steps for name in step} - figures.keys()):
         told = [step for step in steps if name in step]
-        figures[name] = sum(step[name] * step["trained_tokens"] for step in told) / sum(step["trained_tokens"] for step in told)
+        weights = [step["trained_tokens"] for step in told]
+        figures[name] = fmean((step[name] for step in told), weights if any(weights) else None)
     return figures | {"optimizer_steps": float(len(steps))}
