@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,13 +11,15 @@ from torch import Tensor
 from services.contract.config import ObjectiveConfig
 from services.trainer.collect import CompleteGroup
 from services.trainer.megatron.batching import Row
-from services.trainer.megatron.learner import Learner
 from services.trainer.objective.advantages import RolloutBatch
 from services.trainer.objective.corrections import correct, mean_weight
 from services.trainer.objective.functions import advantages_of
 from services.trainer.objective.kl import kl_estimate
 from services.trainer.objective.packed import rollout_index
 from services.trainer.shaping import shaped_rewards
+
+if TYPE_CHECKING:
+    from services.trainer.megatron.learner import Learner
 
 
 def policy_rows(groups: list[CompleteGroup]) -> list[Row]:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from services.contract.config import ObjectiveConfig
 from services.trainer.collect import CompleteGroup
 from services.trainer.megatron.batching import Row
-from services.trainer.megatron.learner import Learner
 from services.trainer.megatron.loss import PolicyLoss
 from services.trainer.rows import mismatch_figures, policy_rows, whole_batch_mean_weight, with_advantages, with_logprobs
+
+if TYPE_CHECKING:
+    from services.trainer.megatron.learner import Learner
 
 ADDED_UP = ("tokens", "trained_tokens", "rows", "rows_trained", "seconds")
 """Figures of an optimizer step that are sums over what it computed."""
