@@ -23,7 +23,14 @@ if TYPE_CHECKING:
 
 
 def policy_rows(groups: list[CompleteGroup]) -> list[Row]:
-    """One row a trajectory; the tokens are those sampled, the mask is derived from the spans."""
+    """One row a trajectory; the tokens are those sampled, the mask is derived from the spans.
+
+    Raises ValueError when a group is smaller than the others: its mean would be another baseline.
+    """
+    samples = max(len(group.trajectories) for group in groups)
+    for group in groups:
+        if len(group.trajectories) < samples:
+            raise ValueError(f"group {group.group_id} has {len(group.trajectories)} rollouts, others {samples}: feed it again")
     return [
         Row(
             token_ids=trajectory.prompt_ids + trajectory.response_ids,
