@@ -53,11 +53,13 @@ def _load_state_dict_own_steps(self: Any, state_dict: Any) -> None:
             state["step"] = state["step"].clone()
 
 
-def _sharded_state_dict_when_fresh(self: Any, weights: Any, is_loading: bool = False, *args: Any, **kwargs: Any) -> Any:
-    # Asserts that all steps are equal, which no step at all is not: an optimizer that never stepped could not load.
-    if is_loading and not self.optimizer.state:
-        self._init_optimizer_states_with_dummy_values()
-    return _sharded_state_dict(self, weights, is_loading, *args, **kwargs)
+def _sharded_state_dict_when_fresh(self: Any, *args: Any, **kwargs: Any) -> Any:
+    # Asserts that all steps are equal, which no step at all is not: an optimizer that never stepped could not save or load.
+    if not self.optimizer.state:
+        for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
+            averages = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device)} | averages
+    return _sharded_state_dict(self, *args, **kwargs)
 
 
 def _states_without_copies(self: Any, weights: Any, is_loading: bool = False, metadata: Any = None) -> dict[int, Any]:
