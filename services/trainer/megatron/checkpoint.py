@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,12 @@ def save(folder: Path, parts: Parts) -> None:
 
     Raises NoSpace on every rank, before anything is written, when the disk has too little room.
     """
-    state = _state(parts, loading=False)
-    _check_room(folder, state)
-    # Megatron would start a server process just to hand one result over, and keep it; saving here is synchronous.
-    filesystem_async._results_queue = queue.Queue()  # type: ignore[assignment]
-    dist_checkpointing.save(state, str(folder))
+    with _states_here(parts):
+        state = _state(parts, loading=False)
+        _check_room(folder, state)
+        # Megatron would start a server process just to hand one result over, and keep it; saving here is synchronous.
+        filesystem_async._results_queue = queue.Queue()  # type: ignore[assignment]
+        dist_checkpointing.save(state, str(folder))
 
 
 def load(folder: Path, parts: Parts) -> None:
@@ -58,8 +60,15 @@ def load(folder: Path, parts: Parts) -> None:
     for prefix in parts:
         if f"{prefix}optimizer" not in common:
             raise FileNotFoundError(f"the checkpoint {folder} has no {prefix.rstrip('.')}: it was saved by a run without one")
+    with _states_here(parts):
+        loaded = _read(folder, parts, same_layout=common["layout"] == _layout())
+    if "random" in loaded:
+        _set_random_state(loaded["random"])
+
+
+def _read(folder: Path, parts: Parts, same_layout: bool) -> dict[str, Any]:
     wanted = _state(parts, loading=True)
-    if common["layout"] != _layout():
+    if not same_layout:
         del wanted["random"]
     loaded: Any = dist_checkpointing.load(wanted, str(folder))
     for prefix, part in parts.items():
@@ -67,9 +76,14 @@ def load(folder: Path, parts: Parts) -> None:
         part.bare.load_state_dict(weights)
         part.optimizer.load_state_dict(loaded[f"{prefix}optimizer"])
         configure(part.optimizer, part.trainer)
-        part.offload_state()
-    if "random" in loaded:
-        _set_random_state(loaded["random"])
+    return loaded
+
+
+def _states_here(parts: Parts) -> ExitStack:
+    stack = ExitStack()
+    for part in parts.values():
+        stack.enter_context(part.state_here())
+    return stack
 
 
 def _state(parts: Parts, loading: bool) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,7 +47,6 @@ class Trainable:
         self.bare = model
         self.model = wrap(model, trainable=True)
         self.optimizer = make_optimizer(self.model, self.trainer)
-        self.offload_state()
 
     def step(self, rows: Sequence[Row], contributing: Sequence[Row], share: Share, learning_rate: float) -> dict[str, float]:
         """One optimizer step on `contributing`, which are some of `rows`. Returns the same metrics on every rank:
@@ -123,17 +123,23 @@ class Trainable:
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss}; the weights were left as they are: look at the batch's log-probs")
         set_learning_rate(self.optimizer, learning_rate)
-        if self.trainer.offload_optimizer:
-            state_to(self.optimizer, self.device)
-        _, norm, _ = self.optimizer.step()  # type: ignore[misc]
-        self.offload_state()
+        with self.state_here():
+            _, norm, _ = self.optimizer.step()  # type: ignore[misc]
         grad_norm = float(norm or 0.0)
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"the gradient's norm is {grad_norm}; the weights are spoilt: go back to a checkpoint")
         return grad_norm
 
-    def offload_state(self) -> None:
-        if self.trainer.offload_optimizer:
+    @contextmanager
+    def state_here(self) -> Iterator[None]:
+        """With `trainer.offload_optimizer` Adam's averages are on this rank's device only inside."""
+        if not self.trainer.offload_optimizer:
+            yield
+            return
+        state_to(self.optimizer, self.device)
+        try:
+            yield
+        finally:
             state_to(self.optimizer, cpu.CPU)
 
 
