@@ -143,13 +143,30 @@ def _files_refused(config: Config, folder: Path, scratch: Path, learner: Learner
 
 
 def _model_refused(learner: Learner, folder: Path) -> dict[str, str]:
+    fused = name_map(learner.architecture, fused_norms())
     learner.policy.stranger = torch.nn.Parameter(torch.zeros(1))
     beside = load_plain(folder)  # transformers compares torch's factories by identity
     return {
         "name": refusal(lambda: name_map(learner.architecture, learner.policy)),
         "engine": refusal(lambda: layer_spec(learner.architecture, transformer_engine=True)),
+        "fused": ", ".join(name for names, _ in fused.values() for name in names),
         "beside": "loaded" if not any(p.is_meta for p in beside.parameters()) else "on meta",
     }
+
+
+def fused_norms() -> torch.nn.Module:
+    """Stands in for a layer of Transformer Engine's, which needs a GPU: only the names of the two norms are its."""
+    layer = torch.nn.Module()
+    layer.layer_number = 3
+    for path in ("self_attention.linear_qkv", "mlp.linear_fc1"):
+        outer, inner = path.split(".")
+        setattr(layer, outer, torch.nn.Module())
+        setattr(getattr(layer, outer), inner, torch.nn.Module())
+        getattr(getattr(layer, outer), inner).layer_norm_weight = torch.nn.Parameter(torch.zeros(1))
+    model = torch.nn.Module()
+    model.decoder = torch.nn.Module()
+    model.decoder.layers = torch.nn.ModuleList([layer])
+    return model
 
 
 def refusal(action: Callable[[], Any]) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TRAINER = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "clip_grad": 0.5}
+TRAINER = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "adam_eps": 1e-4, "clip_grad": 0.5}
+"""With the usual epsilon Adam takes a full step where the true gradient is 0, and rounding decides which way."""
 LEARNING_RATES = [1e-3, 5e-4, 2e-3]
 ENTROPY_BONUS = 0.2
 HEAD_VOCAB, HEAD_SIZE, HEAD_TOKENS = 259, 16, 7
@@ -108,10 +109,11 @@ def head_expected() -> list[Tensor]:
 
 @contextmanager
 def saved_bytes(found: list[int]) -> Iterator[None]:
-    """Appends the bytes of each tensor that autograd keeps for a backward pass."""
+    """Appends the bytes of each tensor that autograd keeps in a forward pass; recomputation runs in the backward one."""
 
     def pack(tensor: Tensor) -> Tensor:
-        found.append(tensor.nbytes)
+        if torch._C._current_graph_task_id() == -1:
+            found.append(tensor.nbytes)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -123,7 +125,7 @@ def train(model: torch.nn.Module, make_loss: Any) -> list[dict[str, float]]:
     decayed = [p for p in model.parameters() if p.dim() > 1]
     groups = [{"params": decayed}, {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]
     betas = (TRAINER["beta1"], TRAINER["beta2"])
-    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=betas, eps=1e-8, weight_decay=TRAINER["weight_decay"])
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=betas, eps=TRAINER["adam_eps"], weight_decay=TRAINER["weight_decay"])
     steps = []
     for learning_rate in LEARNING_RATES:
         for group in optimizer.param_groups:

@@ -38,7 +38,6 @@ def assert_same_steps(found: list[dict[str, float]], expected: list[dict[str, fl
 
 def assert_same_weights(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], before: dict[str, torch.Tensor]) -> None:
     for name in found:
-        # Adam divides by the gradient's size, so where that is nearly 0 the last bits decide: each tensor is compared whole.
         assert (found[name] - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
     wrong = torch.cat([(found[name] - expected[name]).flatten() for name in found]).norm()
     moved = torch.cat([(expected[name] - before[name]).flatten() for name in found]).norm()
@@ -153,8 +152,8 @@ def test_data_parallel_ranks_get_even_work(runs: Runs) -> None:
 @pytest.mark.parametrize(
     "what, reason",
     [
-        ("loss", "the weights were left as they were"),
-        ("token", "a row has token 259, but the model's vocabulary ends at 259"),
+        ("loss", "the weights were left as they are"),
+        ("token", "a row has token 259, but the model knows 0 to 258"),
         ("weights", "no tensor"),
         ("disk", "the checkpoint needs 0.00 GB: free some space"),
         ("checkpoint", "is no checkpoint"),
@@ -164,6 +163,11 @@ def test_data_parallel_ranks_get_even_work(runs: Runs) -> None:
 )
 def test_what_cannot_be_used_is_refused(runs: Runs, what: str, reason: str) -> None:
     assert reason in runs["single"]["errors"][what]
+
+
+def test_the_norms_of_transformer_engine_have_names(runs: Runs) -> None:
+    expected = "model.layers.2.input_layernorm.weight, model.layers.2.post_attention_layernorm.weight"
+    assert runs["single"]["errors"]["fused"] == expected
 
 
 def test_transformers_still_loads_models_beside_megatron(runs: Runs) -> None:

@@ -51,6 +51,8 @@ class TrainerConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.98
+    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of Adam's second average. A larger one keeps gradients near 0 from being blown up to full steps."""
     clip_grad: Annotated[float, Field(gt=0)] = 1.0
     max_tokens_per_microbatch: Positive = 2048
     """Rows are packed without padding into sequences of at most so many tokens; a longer row goes alone."""

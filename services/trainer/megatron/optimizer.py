@@ -50,6 +50,7 @@ def make_optimizer(model: torch.nn.Module, trainer: TrainerConfig) -> MegatronOp
             weight_decay=trainer.weight_decay,
             adam_beta1=trainer.beta1,
             adam_beta2=trainer.beta2,
+            adam_eps=trainer.adam_eps,
             clip_grad=trainer.clip_grad,
             bf16=trainer.dtype == "bfloat16",
             params_dtype=getattr(torch, trainer.dtype),
@@ -69,7 +70,7 @@ def configure(optimizer: MegatronOptimizer, trainer: TrainerConfig) -> None:
         group["fused"], group["foreach"] = True, False
         # Norms and biases are in a group of their own whose multiplier is 0. Applying it is the caller's part in Megatron.
         group["weight_decay"] = trainer.weight_decay * group.get("wd_mult", 1.0)
-        group["betas"] = (trainer.beta1, trainer.beta2)
+        group["betas"], group["eps"] = (trainer.beta1, trainer.beta2), trainer.adam_eps
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:

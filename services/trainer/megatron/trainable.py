@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -61,10 +62,10 @@ class Trainable:
         self.model.train()
         self.model.zero_grad_buffer()  # type: ignore[operator]
         self.optimizer.zero_grad()
-        shares = self._plan(contributing)
-        sums = self._accumulate(self._own(contributing, shares), share)
-        counts = {"rows": float(len(rows)), "rows_trained": float(len(contributing)), "microbatches": float(len(shares[0]))}
-        counts["imbalance"] = imbalance(self._work(contributing), [[i for batch in share for i in batch] for share in shares])
+        planned = self._plan(contributing)
+        sums = self._accumulate(self._own(contributing, planned), share)
+        counts = {"rows": float(len(rows)), "rows_trained": float(len(contributing)), "microbatches": float(len(planned[0]))}
+        counts["imbalance"] = imbalance(self._work(contributing), [list(chain(*batches)) for batches in planned])
         grad_norm = self._apply(sums["loss"], learning_rate)
         return _metrics(sums) | counts | {"grad_norm": grad_norm, "seconds": time.perf_counter() - started}
 
@@ -90,17 +91,14 @@ class Trainable:
 
     def _plan(self, rows: Sequence[Row]) -> list[list[list[int]]]:
         """For every data-parallel rank its micro-batches. Raises ValueError for a token that the model does not have."""
-        largest = max((max(row.token_ids) for row in rows), default=0)
-        if largest >= self.architecture.vocab:
-            raise ValueError(
-                f"a row has token {largest}, but the model's vocabulary ends at {self.architecture.vocab}: "
-                "rows and model must come from the same tokenizer"
-            )
+        used, vocab = {token for row in rows for token in (min(row.token_ids), max(row.token_ids))}, self.architecture.vocab
+        if foreign := [token for token in used if not 0 <= token < vocab]:
+            raise ValueError(f"a row has token {foreign[0]}, but the model knows 0 to {vocab - 1}: use the model's own tokenizer")
         ranks = parallel_state.get_data_parallel_world_size()
         return plan([row.input_length for row in rows], self._work(rows), ranks, self.trainer.max_tokens_per_microbatch)
 
-    def _own(self, rows: Sequence[Row], shares: list[list[list[int]]]) -> list[MicroBatch]:
-        own = shares[parallel_state.get_data_parallel_rank()]
+    def _own(self, rows: Sequence[Row], planned: list[list[list[int]]]) -> list[MicroBatch]:
+        own = planned[parallel_state.get_data_parallel_rank()]
         return [micro_batch(rows, indices, self.device) if indices else filler(self.device) for indices in own]
 
     def _accumulate(self, batches: list[MicroBatch], share: Share) -> dict[str, float]:
