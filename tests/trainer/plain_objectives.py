@@ -23,6 +23,8 @@ class Rollout:
     """Where in the response each of them stands."""
     reward: float
     old: Tensor | None = None
+    entropy: Tensor | None = None
+    """With gradient, at the row's temperature."""
 
     @property
     def before(self) -> Tensor:
@@ -176,6 +178,14 @@ def ranks_and_reinforce(groups: Groups) -> Tensor:
     return mean_of_means([-a * r.new for r, a in pairs(groups, advantages)])
 
 
+def entropy_bonus(groups: Groups) -> Tensor:
+    losses = []
+    for r, a in pairs(groups, centred(groups)):
+        assert r.entropy is not None
+        losses.append(-a * (r.new - r.before).exp() - 2.0 * r.entropy)
+    return mean_of_means(losses)
+
+
 NO_CORRECTION = {"importance": "none"}
 KL_IN_REWARD = {"kl_coef": 0.05, "kl_in": "reward", "importance": "none"}
 TO_ENGINE = {"old_policy": "engine", "importance": "none"}
@@ -218,5 +228,6 @@ FAMILIES: dict[str, tuple[dict[str, Any], Loss]] = {
         {"advantage": "my_objective:ranks", "loss": "my_objective:reinforce", **NO_CORRECTION},
         ranks_and_reinforce,
     ),
+    "entropy bonus": ({"entropy_coef": 2.0, **NO_CORRECTION}, entropy_bonus),
     "several steps": ({"epochs": 2, "minibatches": 3}, several_steps),
 }

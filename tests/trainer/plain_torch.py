@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-TRAINER = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "clip_grad": 0.5}
+TRAINER = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "adam_eps": 1e-4, "clip_grad": 0.5}
+"""With the usual epsilon Adam takes a full step where the true gradient is 0, and rounding decides which way."""
 LEARNING_RATES = [1e-3, 5e-4, 2e-3]
+ENTROPY_BONUS = 0.2
+HEAD_VOCAB, HEAD_SIZE, HEAD_TOKENS = 259, 16, 7
 
 
 def response_logprobs(model: torch.nn.Module, row: dict[str, Any]) -> Tensor:
@@ -41,12 +46,86 @@ def supervised(model: torch.nn.Module, rows: list[dict[str, Any]]) -> Tensor:
     return total / weights
 
 
+def entropy_bonus(model: torch.nn.Module, rows: list[dict[str, Any]]) -> Tensor:
+    """Mean over the batch's model tokens of -(log-prob + bonus · entropy)."""
+    total, count = torch.zeros(()), 0
+    for row in rows:
+        mask, tokens = torch.tensor(row["loss_mask"]).bool(), torch.tensor(row["token_ids"])
+        logits = model(input_ids=tokens[None]).logits[0, row["prompt_length"] - 1 : -1][mask] / row["temperature"]
+        entropy = torch.distributions.Categorical(logits=logits).entropy()
+        total = total - (response_logprobs(model, row)[mask] + ENTROPY_BONUS * entropy).sum()
+        count += int(mask.sum())
+    return total / count
+
+
+class PlainCritic(torch.nn.Module):
+    """transformers' layers with a head of zeros on the last hidden state."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model.model
+        self.score = torch.nn.Linear(model.config.hidden_size, 1, bias=False)
+        torch.nn.init.zeros_(self.score.weight)
+
+    def values(self, row: dict[str, Any]) -> Tensor:
+        """[response length]"""
+        hidden = self.model(input_ids=torch.tensor(row["token_ids"])[None]).last_hidden_state[0]
+        return self.score(hidden)[row["prompt_length"] - 1 : -1, 0]
+
+
+def returns_of(row: dict[str, Any]) -> list[float]:
+    """Something for a critic to learn: one number per response token."""
+    return [row["advantage"] + 0.1 * i for i in range(len(row["loss_mask"]))]
+
+
+def value_error(critic: PlainCritic, rows: list[dict[str, Any]]) -> Tensor:
+    masks = [torch.tensor(row["loss_mask"]).bool() for row in rows]
+    gaps = [(critic.values(row) - torch.tensor(returns_of(row)))[mask] for row, mask in zip(rows, masks, strict=True)]
+    return 0.5 * torch.cat(gaps).square().mean()
+
+
+def head_case() -> dict[str, Tensor]:
+    """Hidden states and weights of a last layer, what is asked of it, and the coefficients of the gradient [2, n]."""
+    draw = torch.Generator().manual_seed(3)
+    return {
+        "hidden": torch.randn(HEAD_TOKENS, HEAD_SIZE, generator=draw),
+        "weight": torch.randn(HEAD_VOCAB, HEAD_SIZE, generator=draw),
+        "targets": torch.tensor([0, 258, 129, 130, 5, 200, 7]),
+        "temperatures": torch.tensor([1.0, 0.7, 1.0, 1.3, 1.0, 1.0, 0.5]),
+        "coefficients": torch.randn(2, HEAD_TOKENS, generator=draw),
+    }
+
+
+def head_expected() -> list[Tensor]:
+    """Of `head_case` in float64: [2, n] log-probs and entropies, and the gradients by hidden states and weight."""
+    case = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in head_case().items()}
+    hidden, weight = case["hidden"].requires_grad_(), case["weight"].requires_grad_()
+    choice = torch.distributions.Categorical(logits=hidden @ weight.t() / case["temperatures"][:, None])
+    result = torch.stack([choice.log_prob(case["targets"]), choice.entropy()])
+    (result * case["coefficients"]).sum().backward()
+    assert hidden.grad is not None and weight.grad is not None
+    return [result.detach(), hidden.grad, weight.grad]
+
+
+@contextmanager
+def saved_bytes(found: list[int]) -> Iterator[None]:
+    """Appends the bytes of each tensor that autograd keeps in a forward pass; recomputation runs in the backward one."""
+
+    def pack(tensor: Tensor) -> Tensor:
+        if torch._C._current_graph_task_id() == -1:
+            found.append(tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield
+
+
 def train(model: torch.nn.Module, make_loss: Any) -> list[dict[str, float]]:
     """A clipped AdamW step for each learning rate; norms and biases do not decay."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     groups = [{"params": decayed}, {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]
     betas = (TRAINER["beta1"], TRAINER["beta2"])
-    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=betas, eps=1e-8, weight_decay=TRAINER["weight_decay"])
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=betas, eps=TRAINER["adam_eps"], weight_decay=TRAINER["weight_decay"])
     steps = []
     for learning_rate in LEARNING_RATES:
         for group in optimizer.param_groups:

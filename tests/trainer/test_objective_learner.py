@@ -89,8 +89,17 @@ def rollout(model: torch.nn.Module, reference: torch.nn.Module, row: dict[str, A
     own = torch.tensor(row["loss_mask"]).bool()
     with torch.no_grad():
         held = response_logprobs(reference, row)[own]
+    distribution = response_distribution(model, row)[own]
+    entropy = -(distribution.exp() * distribution).sum(-1)
     places = [place for place, mine in enumerate(row["loss_mask"]) if mine]
-    return Rollout(response_logprobs(model, row)[own], torch.tensor(row["engine_logprobs"])[own], held, places, row["reward"])
+    engine = torch.tensor(row["engine_logprobs"])[own]
+    return Rollout(response_logprobs(model, row)[own], engine, held, places, row["reward"], entropy=entropy)
+
+
+def response_distribution(model: torch.nn.Module, row: dict[str, Any]) -> torch.Tensor:
+    """[response length, vocabulary] log-probs."""
+    logits = model(input_ids=torch.tensor(row["token_ids"])[None]).logits[0, row["prompt_length"] - 1 : -1]
+    return torch.log_softmax(logits / row["temperature"], -1)
 
 
 def example_in_the_docs() -> str:

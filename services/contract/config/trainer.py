@@ -41,8 +41,21 @@ class TrainerConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.98
+    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of Adam's second average. A larger one keeps gradients near 0 from being blown up to full steps."""
     clip_grad: Annotated[float, Field(gt=0)] = 1.0
     max_tokens_per_microbatch: Positive = 2048
+    """Rows are packed without padding into sequences of at most so many tokens; a longer row goes alone."""
+    logits_chunk_mib: Positive = 256
+    """Of a large vocabulary's logits (float32) at most so much is in memory at a time, on each rank."""
+    recompute_activations: bool = False
+    """Keep only each layer's input and compute the rest again for the gradient: a third more work, far less memory."""
+    offload_reference: bool = False
+    """With device = "cuda": keep the reference policy in the CPU's memory while it is not asked."""
+    offload_optimizer: bool = False
+    """With device = "cuda": keep Adam's averages in the CPU's memory except while a step is applied."""
+    transformer_engine: bool = False
+    """With device = "cuda": build layers of NVIDIA's Transformer Engine, which must be installed."""
     max_staleness: NonNegative = 0
     """Versions a trajectory may lag behind the one being trained; 0 is the synchronous recipe."""
     collect_timeout_s: Seconds = 3600

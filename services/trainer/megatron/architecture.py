@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from services.contract.config import TrainerConfig
+
 FAMILIES = ("llama", "qwen2", "qwen3")
 
 
@@ -45,6 +47,16 @@ class Architecture:
         """Rows of the embedding so that every tensor-parallel rank holds as many; the added ones are masked."""
         return -(-self.vocab // tensor_parallel) * tensor_parallel
 
+    def forward_flops(self, tokens: int, model_tokens: int) -> float:
+        """Multiplications and additions to read one row of `tokens`, with the output layer at `model_tokens`.
+
+        Counted are matrix products: 2 for each weight and token, and causal attention (scores and mixing, half of the square).
+        """
+        attended = self.heads * self.head_dim
+        weights = self.hidden * (2 * attended + 2 * self.kv_heads * self.head_dim) + 3 * self.hidden * self.ffn
+        layer = 2 * tokens * weights + 2 * tokens * tokens * attended
+        return float(self.layers * layer + 2 * model_tokens * self.hidden * self.vocab)
+
 
 def read_architecture(folder: Path) -> Architecture:
     """Raises UnsupportedModelError for a folder that is not a model of a known family."""
@@ -71,6 +83,15 @@ def read_architecture(folder: Path) -> Architecture:
         rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10_000.0),
         tied_embeddings=bool(values.get("tie_word_embeddings", False)),
     )
+
+
+def read_checked(trainer: TrainerConfig, folder: Path) -> Architecture:
+    """As `read_architecture`, and the layout of the processes that run now can hold it."""
+    import torch.distributed as dist
+
+    architecture = read_architecture(folder)
+    check_layout(architecture, dist.get_world_size(), trainer.tensor_parallel, trainer.pipeline_parallel)
+    return architecture
 
 
 def _rope(values: dict[str, Any]) -> dict[str, Any]:
@@ -111,9 +132,4 @@ def _layout_problems(a: Architecture, world: int, tp: int, pp: int) -> list[str]
             found.append(f"{count} {what} cannot be split over tensor_parallel={tp}: choose a divisor of {count}")
     if a.layers % pp:
         found.append(f"{a.layers} layers cannot be split over pipeline_parallel={pp}: choose a divisor of {a.layers}")
-    if pp > 1 and a.tied_embeddings:
-        # Megatron 0.16.1: the last stage's copy of the embedding comes back wrong from the optimizer's checkpoint.
-        found.append(
-            "tied embeddings do not resume correctly from a checkpoint under pipeline parallelism: use pipeline_parallel=1"
-        )
     return found

@@ -1,7 +1,12 @@
-"""Core attention on PyTorch's scaled-dot-product attention: causal, grouped-query, the same code on CPU and GPU.
+"""Core attention over packed sequences: causal, grouped-query, never across two sequences.
 
-Megatron's own unfused attention writes out the [heads, length, length] scores; this one does not, which is most of the
-memory and some of the time. Left out: packed sequences, context parallelism, biases, dropout.
+| where                   | what runs                                                                               |
+|-------------------------|-----------------------------------------------------------------------------------------|
+| CPU; GPU in float32     | PyTorch's scaled-dot-product attention, one sequence after another                      |
+| GPU in bfloat16         | PyTorch's variable-length flash attention, all sequences in one kernel (not run here)   |
+
+None writes out the [heads, length, length] scores, as Megatron's own unfused attention does; it also refuses packed sequences.
+Left out: context parallelism, biases, dropout.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 
-class SdpaCoreAttention(torch.nn.Module):
+class PackedAttention(torch.nn.Module):
     """Takes the place of `core_attention` in Megatron's local layer spec."""
 
     def __init__(self, config: Any, layer_number: int, softmax_scale: float | None = None, **_: Any) -> None:
@@ -23,16 +28,35 @@ class SdpaCoreAttention(torch.nn.Module):
         self.softmax_scale = softmax_scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *_: Any, **rest: Any) -> Tensor:
-        """query [length, batch, heads, dim], key and value [length, batch, kv_heads, dim] -> [length, batch, heads * dim].
+        """query [tokens, heads, dim], key and value [tokens, kv_heads, dim] -> [tokens, heads * dim].
 
-        Rows are padded on the right, where a causal mask keeps padding from being seen; so no other mask is taken.
+        Where sequences begin and end is told by `packed_seq_params` alone, so no mask is taken.
         """
-        if attention_mask is not None or rest.get("packed_seq_params") is not None:
-            raise ValueError("this attention is causal over right-padded rows: pass no mask and no packed sequences")
-        length, batch = query.shape[:2]
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=True)
-        return mixed.permute(2, 0, 1, 3).reshape(length, batch, -1)
+        packed = rest.get("packed_seq_params")
+        if attention_mask is not None or packed is None:
+            raise ValueError("this attention is causal over packed sequences: pass packed_seq_params and no mask")
+        if query.is_cuda and query.dtype != torch.float32:
+            return self._flash(query, key, value, packed)
+        return self._one_by_one(query, key, value, packed.cu_seqlens_q.diff().tolist())
+
+    def _one_by_one(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+        # split and not slices: the gradient of a slice is as long as the whole batch, once for every sequence.
+        sequences = zip(*(x.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for x in (query, key, value)), strict=True)
+        mixed = [
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=True)
+            for q, k, v in sequences
+        ]
+        return torch.cat([x.squeeze(0).transpose(0, 1).flatten(1) for x in mixed])
+
+    def _flash(self, query: Tensor, key: Tensor, value: Tensor, packed: Any) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        ends, longest = packed.cu_seqlens_q, packed.max_seqlen_q
+        causal = (-1, 0)
+        mixed = varlen_attn(
+            query, key, value, ends, ends, longest, longest, scale=self.softmax_scale, window_size=causal, enable_gqa=True
+        )
+        return mixed.flatten(1)  # type: ignore[union-attr]
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
         return {}

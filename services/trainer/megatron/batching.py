@@ -1,7 +1,7 @@
-"""Rows of tokens to micro-batches: which rank computes which rows, in what company, and where log-probs are wanted.
+"""Rows of tokens to packed micro-batches: what the model reads, and where something is wanted from it.
 
-A row is cut after its last model token, since nothing that follows can matter to a causal model. Rows are sorted by
-length before they are put together, so padding (on the right) stays small. A row longer than the bound goes alone.
+Rows lie one behind another in a single sequence without padding; attention is told where each begins (`ends`). A row is cut
+after its last model token, since nothing that follows can matter to a causal model. Who computes which: `packing.py`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class Row:
     temperature: float = 1.0
     """Logits are divided by it, as the engine did when it sampled."""
     token_values: Mapping[str, Sequence[float] | Tensor] = field(default_factory=dict)
-    """Whatever else a loss asks for by name, such as `old_logprobs`: one entry per response token."""
+    """Whatever else a loss asks for by name, such as `old_logprobs` or `returns`: one entry per response token."""
 
     def __post_init__(self) -> None:
         response = len(self.token_ids) - self.prompt_length
@@ -81,12 +82,14 @@ class MicroBatch:
     """Indices into the batch, in the order of `counts`. Empty: a filler, computed only to take part."""
     counts: list[int]
     """Model tokens of each row."""
-    read_tokens: int
-    """Tokens of the rows that the model reads, padding left out."""
     input_ids: Tensor
-    """[rows, length], padded on the right with token 0."""
+    """[1, tokens], row behind row."""
+    ends: Tensor
+    """[rows + 1] int32: 0, then where each row ends."""
+    longest: int
+    """Tokens of the longest row."""
     positions: Tensor
-    """[n] where the model tokens are predicted, in the flattened [length, rows]."""
+    """[n] where in the sequence the model tokens are predicted."""
     targets: Tensor
     """[n] the model tokens themselves."""
     temperatures: Tensor
@@ -94,46 +97,19 @@ class MicroBatch:
     tokens: TokenBatch
 
 
-def deal(lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Indices for each rank, longest first to the rank with the fewest tokens; the same on every rank."""
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
-    for index in _longest_first(lengths):
-        lightest = loads.index(min(loads))
-        shares[lightest].append(index)
-        loads[lightest] += lengths[index]
-    return shares
-
-
-def plan(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Micro-batches as lists of indices: rows × longest row ≤ max_tokens, but always at least one row."""
-    batches: list[list[int]] = []
-    for index in _longest_first(lengths):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
-
-
-def _longest_first(lengths: Sequence[int]) -> list[int]:
-    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-
-
 def micro_batch(rows: Sequence[Row], indices: Sequence[int], device: torch.device) -> MicroBatch:
-    """The rows at `indices`, each with at least one model token, as tensors on `device`."""
+    """The rows at `indices`, at least one and each with a model token, as tensors on `device`."""
     chosen = [rows[i] for i in indices]
     counts = [len(row.targets) for row in chosen]
-    length, width = max(row.input_length for row in chosen), len(chosen)
-    input_ids = torch.zeros(width, length, dtype=torch.long)
-    for i, row in enumerate(chosen):
-        input_ids[i, : row.input_length] = torch.tensor(row.token_ids[: row.input_length])
+    ends = [0, *accumulate(row.input_length for row in chosen)]
+    positions = [start + target - 1 for start, row in zip(ends, chosen, strict=False) for target in row.targets]
     return MicroBatch(
         rows=list(indices),
         counts=counts,
-        read_tokens=sum(row.input_length for row in chosen),
-        input_ids=input_ids.to(device),
-        positions=torch.tensor([(t - 1) * width + i for i, r in enumerate(chosen) for t in r.targets], device=device),
+        input_ids=torch.tensor([[token for row in chosen for token in row.token_ids[: row.input_length]]], device=device),
+        ends=torch.tensor(ends, dtype=torch.int32, device=device),
+        longest=max(row.input_length for row in chosen),
+        positions=torch.tensor(positions, device=device),
         targets=torch.tensor([row.token_ids[t] for row in chosen for t in row.targets], device=device),
         temperatures=_per_token([row.temperature for row in chosen], counts, device),
         tokens=_token_batch(chosen, counts, device),
@@ -156,17 +132,17 @@ def _token_batch(rows: Sequence[Row], counts: list[int], device: torch.device) -
 def filler(device: torch.device) -> MicroBatch:
     """For a rank that got no row: it must still take part in the schedule, and its result counts for nothing."""
     row = Row(token_ids=[0, 0], prompt_length=1, loss_mask=[1])
-    return replace(micro_batch([row], [0], device), rows=[], counts=[], read_tokens=0)
-
-
-def _per_token(values: list[float], counts: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32).repeat_interleave(torch.tensor(counts)).to(device)
+    return replace(micro_batch([row], [0], device), rows=[], counts=[])
 
 
 def _required(rows: Sequence[Row], name: str, device: torch.device) -> Tensor:
     values = _at_model_tokens(rows, [row.token_values[name] for row in rows], device)
     assert values is not None
     return values
+
+
+def _per_token(values: list[float], counts: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32).repeat_interleave(torch.tensor(counts)).to(device)
 
 
 def _at_model_tokens(rows: Sequence[Row], lists: Sequence[Sequence[float] | Tensor | None], device: torch.device) -> Tensor | None:

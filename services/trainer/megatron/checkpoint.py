@@ -1,4 +1,4 @@
-"""Model, optimizer and random state in Megatron's distributed checkpoint format.
+"""Models, optimizers and random state in Megatron's distributed checkpoint format.
 
 On the same layout a resumed run continues bit by bit. Weights and optimizer state can also be loaded on another layout;
 random state cannot, and is then left as it is (nothing in training draws from it). Whether a checkpoint is whole is the
@@ -8,57 +8,111 @@ caller's to know: write into a temporary folder and rename it.
 from __future__ import annotations
 
 import queue
+import shutil
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from services.contract.weights import NoSpace
 from services.trainer.megatron import cpu
 
 cpu.install()
 
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
-from megatron.core.dist_checkpointing.mapping import ShardedObject  # noqa: E402
+from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory, is_main_replica  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
-from megatron.core.optimizer.optimizer import MegatronOptimizer  # noqa: E402
 
-from services.trainer.megatron.schedule import bare  # noqa: E402
+from services.trainer.megatron.optimizer import configure  # noqa: E402
+from services.trainer.megatron.trainable import Trainable  # noqa: E402
 
 # The only form of the optimizer's state that loads correctly on another number of data-parallel ranks.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+HEADROOM = 1.02
+"""Of the tensors' bytes: the format's own tables, and what else a checkpoint holds."""
+
+Parts = Mapping[str, Trainable]
+"""Prefix of its tensors' names -> model; the policy's is empty."""
 
 
-def save(folder: Path, model: torch.nn.Module, optimizer: MegatronOptimizer) -> None:
-    """Write into `folder`, which must exist and be empty. All ranks call this together."""
-    # Megatron would start a server process just to hand one result over, and keep it; saving here is synchronous.
-    filesystem_async._results_queue = queue.Queue()  # type: ignore[assignment]
-    dist_checkpointing.save(_state(model, optimizer, loading=False), str(folder))
+def save(folder: Path, parts: Parts) -> None:
+    """Write into `folder`, which must exist and be empty. All ranks call this together.
+
+    Raises NoSpace on every rank, before anything is written, when the disk has too little room.
+    """
+    with _states_here(parts):
+        state = _state(parts, loading=False)
+        _check_room(folder, state)
+        # Megatron would start a server process just to hand one result over, and keep it; saving here is synchronous.
+        filesystem_async._results_queue = queue.Queue()  # type: ignore[assignment]
+        dist_checkpointing.save(state, str(folder))
 
 
-def load(folder: Path, model: torch.nn.Module, optimizer: MegatronOptimizer) -> None:
-    """All ranks call this together. Raises FileNotFoundError when `folder` holds no checkpoint."""
+def load(folder: Path, parts: Parts) -> None:
+    """All ranks call this together. Raises FileNotFoundError when `folder` holds no checkpoint, or none of such parts."""
     if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
         raise FileNotFoundError(f"{folder} is no checkpoint: it was not finished, or it is another folder")
-    wanted = _state(model, optimizer, loading=True)
-    if dist_checkpointing.load_common_state_dict(str(folder))["layout"] != _layout():
-        del wanted["random"]
-    loaded: Any = dist_checkpointing.load(wanted, str(folder))
-    bare(model).load_state_dict(loaded["model"])
-    optimizer.load_state_dict(loaded["optimizer"])
+    common = dist_checkpointing.load_common_state_dict(str(folder))
+    for prefix in parts:
+        if f"{prefix}optimizer" not in common:
+            raise FileNotFoundError(f"the checkpoint {folder} has no {prefix.rstrip('.')}: it was saved by a run without one")
+    with _states_here(parts):
+        loaded = _read(folder, parts, same_layout=common["layout"] == _layout())
     if "random" in loaded:
         _set_random_state(loaded["random"])
 
 
-def _state(model: torch.nn.Module, optimizer: MegatronOptimizer, loading: bool) -> dict[str, Any]:
-    weights = bare(model).sharded_state_dict(metadata=METADATA)
+def _read(folder: Path, parts: Parts, same_layout: bool) -> dict[str, Any]:
+    wanted = _state(parts, loading=True)
+    if not same_layout:
+        del wanted["random"]
+    loaded: Any = dist_checkpointing.load(wanted, str(folder))
+    for prefix, part in parts.items():
+        weights = {name.removeprefix(prefix): tensor for name, tensor in loaded[f"{prefix}model"].items()}
+        part.bare.load_state_dict(weights)
+        part.optimizer.load_state_dict(loaded[f"{prefix}optimizer"])
+        configure(part.optimizer, part.trainer)
+    return loaded
+
+
+def _states_here(parts: Parts) -> ExitStack:
+    stack = ExitStack()
+    for part in parts.values():
+        stack.enter_context(part.state_here())
+    return stack
+
+
+def _state(parts: Parts, loading: bool) -> dict[str, Any]:
     rank, world = dist.get_rank(), dist.get_world_size()
-    return {
-        "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=METADATA),
-        "random": ShardedObject("random", _random_state(), (world,), (rank,)),
-        "layout": _layout(),
-    }
+    state: dict[str, Any] = {"random": ShardedObject("random", _random_state(), (world,), (rank,)), "layout": _layout()}
+    for prefix, part in parts.items():
+        weights = part.bare.sharded_state_dict(prefix=prefix, metadata=METADATA)
+        state[f"{prefix}model"] = weights
+        state[f"{prefix}optimizer"] = part.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=METADATA)
+    return state
+
+
+def _check_room(folder: Path, state: dict[str, Any]) -> None:
+    """Ranks may write to disks of their own, so each looks at its folder; all of them raise if one has too little room."""
+    needed, free = HEADROOM * sum(_bytes(value) for value in nested_values(state)), shutil.disk_usage(folder).free
+    asked = torch.tensor([needed], dtype=torch.float64, device=torch.cuda.current_device())
+    least = torch.tensor([free], dtype=torch.float64, device=torch.cuda.current_device())
+    dist.all_reduce(asked)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    if least.item() < asked.item():
+        raise NoSpace(
+            f"{folder} has {least.item() / 1e9:.2f} GB free, the checkpoint needs {asked.item() / 1e9:.2f} GB: free some space"
+        )
+
+
+def _bytes(value: Any) -> int:
+    """What this rank writes of a value: nothing of what another rank has too."""
+    stored = isinstance(value, ShardedTensor | ShardedTensorFactory) and is_main_replica(value.replica_id)
+    return value.data.nbytes if stored and value.data is not None else 0
 
 
 def _layout() -> dict[str, int]:

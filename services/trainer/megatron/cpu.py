@@ -70,3 +70,13 @@ def install() -> bool:
     mode.__enter__()
     _active.append(mode)
     return True
+
+
+def spare_random_state() -> None:
+    """Recomputation keeps and restores CUDA's random state around every layer; without CUDA, and without dropout, there is none."""
+    if torch.cuda.is_available():
+        return
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *_, **__: torch.empty(0)
+    random._set_cuda_rng_state = lambda *_, **__: None

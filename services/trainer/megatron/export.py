@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from services.trainer.megatron import cpu
-from services.trainer.megatron.model import PolicyModel
+from services.trainer.megatron.model import TokenModel
 from services.trainer.megatron.names import stage_weights
 
 cpu.install()
@@ -18,7 +18,7 @@ cpu.install()
 from megatron.core import parallel_state  # noqa: E402
 
 
-def whole_weights(model: PolicyModel) -> Iterator[tuple[str, Tensor]]:
+def whole_weights(model: TokenModel) -> Iterator[tuple[str, Tensor]]:
     """(name, full tensor) in the model's dtype; all ranks iterate together. Tensors may be views of live parameters."""
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     if stages == 1:
@@ -28,7 +28,7 @@ def whole_weights(model: PolicyModel) -> Iterator[tuple[str, Tensor]]:
         yield from _from_stage(model, stage)
 
 
-def _from_stage(model: PolicyModel, stage: int) -> Iterator[tuple[str, Tensor]]:
+def _from_stage(model: TokenModel, stage: int) -> Iterator[tuple[str, Tensor]]:
     """One stage's weights, sent to the other stages."""
     group = parallel_state.get_pipeline_model_parallel_group()
     source = dist.get_process_group_ranks(group)[stage]  # type: ignore[arg-type]

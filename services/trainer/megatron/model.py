@@ -1,7 +1,12 @@
-"""A Hugging Face architecture as a Megatron GPTModel that computes logits only where they are asked for.
+"""A Hugging Face architecture as a Megatron GPTModel over packed rows that answers only what is asked of a micro-batch.
 
-Of a search episode about a fifth of the tokens is the model's own; the output layer (a sixth of a small model's work and
-most of its peak memory) runs at those alone. `positions` says where; it is set before each forward.
+Of a search episode about a fifth of the tokens is the model's own; the last layer (a sixth of a small model's work and most
+of its peak memory) runs at those alone. `ask` says which, before each forward.
+
+| class         | last layer                          | answer at the model tokens                                  |
+|---------------|-------------------------------------|-------------------------------------------------------------|
+| `PolicyModel` | output layer over the vocabulary    | [1, n] log-probs, or [2, n] with entropies                  |
+| `ValueModel`  | one row of weights, 0 if not stored | [1, n] values                                               |
 """
 
 from __future__ import annotations
@@ -12,23 +17,27 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from services.contract.config import TrainerConfig
 from services.trainer.megatron import cpu
 
 cpu.install()
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from services.trainer.megatron.architecture import Architecture  # noqa: E402
-from services.trainer.megatron.attention import SdpaCoreAttention  # noqa: E402
+from services.trainer.megatron.batching import MicroBatch  # noqa: E402
+from services.trainer.megatron.layers import layer_spec  # noqa: E402
+from services.trainer.megatron.logprobs import token_logprobs  # noqa: E402
+
+FLOAT32_BYTES = 4
 
 
-def transformer_config(architecture: Architecture, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(architecture: Architecture, trainer: TrainerConfig) -> TransformerConfig:
     """For the parallel layout that is set up now."""
-    a = architecture
-    pipeline = parallel_state.get_pipeline_model_parallel_world_size()
+    a, dtype = architecture, getattr(torch, trainer.dtype)
     return TransformerConfig(
         num_layers=a.layers,
         hidden_size=a.hidden,
@@ -45,64 +54,117 @@ def transformer_config(architecture: Architecture, dtype: torch.dtype) -> Transf
         add_qkv_bias=a.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
-        pipeline_model_parallel_size=pipeline,
         pipeline_dtype=dtype,
-        # Micro-batches are cut by tokens, so their shapes differ and pipeline stages must tell each other.
-        variable_seq_lengths=pipeline > 1,
-        moe_token_dispatcher_type="alltoall",  # asked for with variable lengths, though there are no experts
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         # Losses come with the batch's own denominators: gradients are summed over ranks, never averaged.
         calculate_per_token_loss=True,
-        # Every weight is read from a file, so drawing it first would be lost time. Initialization itself must stay on:
-        # it marks the weights that are split over tensor-parallel ranks, without which their gradient norm is wrong.
-        perform_initialization=True,
-        init_method=_leave,
-        output_layer_init_method=_leave,
-        use_cpu_initialization=not torch.cuda.is_available(),
-        # Off because they need Apex or Transformer Engine.
-        persist_layer_norm=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
+        **_layout(),
+        **_recomputation(trainer),
+        **_initialization(),
+        **_no_fusions(),
     )
+
+
+def _layout() -> dict[str, Any]:
+    pipeline = parallel_state.get_pipeline_model_parallel_world_size()
+    return {
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": pipeline,
+        # Micro-batches are cut by tokens, so their shapes differ and pipeline stages must tell each other.
+        "variable_seq_lengths": pipeline > 1,
+        "moe_token_dispatcher_type": "alltoall",  # asked for with variable lengths, though there are no experts
+    }
+
+
+def _recomputation(trainer: TrainerConfig) -> dict[str, Any]:
+    """Of a layer only its input is kept, and the rest computed once more for the gradient."""
+    if not trainer.recompute_activations:
+        return {}
+    cpu.spare_random_state()
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def _initialization() -> dict[str, Any]:
+    # Every weight is read from a file, so drawing it first would be lost time. Initialization itself must stay on:
+    # it marks the weights that are split over tensor-parallel ranks, without which their gradient norm is wrong.
+    leave = {"init_method": _leave, "output_layer_init_method": _leave}
+    return {"perform_initialization": True, "use_cpu_initialization": not torch.cuda.is_available(), **leave}
 
 
 def _leave(weight: Tensor) -> Tensor:
     return weight
 
 
-class PolicyModel(GPTModel):
-    """GPTModel whose forward returns logits [1, n, vocab / tensor_parallel] at `positions` instead of everywhere.
+def _no_fusions() -> dict[str, Any]:
+    """Kernels that need Apex or Transformer Engine."""
+    names = ("persist_layer_norm", "masked_softmax_fusion", "gradient_accumulation_fusion", "bias_activation_fusion")
+    return dict.fromkeys((*names, "bias_dropout_fusion", "apply_rope_fusion"), False)
 
-    positions: [n] indices into the flattened [length, batch] of the last stage's hidden states. None: everywhere.
-    """
 
-    def __init__(self, architecture: Architecture, dtype: torch.dtype) -> None:
-        spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=architecture.qk_norm)
-        spec.submodules.self_attention.submodules.core_attention = SdpaCoreAttention  # type: ignore[union-attr]
+class TokenModel(GPTModel):
+    """What both models have in common. The last pipeline stage returns float32 [k, n]: k answers for n model tokens."""
+
+    def __init__(self, architecture: Architecture, trainer: TrainerConfig, tied: bool) -> None:
+        config = transformer_config(architecture, trainer)
         super().__init__(
-            transformer_config(architecture, dtype),
-            spec,
-            vocab_size=architecture.padded_vocab(parallel_state.get_tensor_model_parallel_world_size()),
+            config,
+            layer_spec(architecture, trainer.transformer_engine),
+            vocab_size=architecture.padded_vocab(config.tensor_model_parallel_size),
             max_sequence_length=architecture.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
             parallel_output=True,
-            share_embeddings_and_output_weights=architecture.tied_embeddings,
+            share_embeddings_and_output_weights=tied,
             position_embedding_type="rope",
             rotary_base=architecture.rope_theta,  # type: ignore[arg-type]
         )
         self.architecture = architecture
-        self.positions: Tensor | None = None
-        if self.post_process:
-            self.output_layer.register_forward_pre_hook(self._select)
+        self.asked: MicroBatch | None = None
 
-    def _select(self, _: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self.positions is None:
-            return None
-        hidden, *rest = args
-        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, self.positions).unsqueeze(1), *rest
+    def ask(self, batch: MicroBatch, wrapped: torch.nn.Module) -> Tensor:
+        """Forward of this stage, through the wrappers for data parallelism and half precision that the model is in."""
+        self.asked = batch
+        packed = PackedSeqParams(
+            qkv_format="thd",  # type: ignore[arg-type]
+            cu_seqlens_q=batch.ends,
+            cu_seqlens_kv=batch.ends,
+            max_seqlen_q=batch.longest,
+            max_seqlen_kv=batch.longest,
+        )
+        return wrapped(batch.input_ids, None, None, packed_seq_params=packed)
+
+    def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        if not self.post_process:
+            return hidden_states
+        assert self.asked is not None, "call the model through `ask`"
+        return self._answer(hidden_states.squeeze(1).index_select(0, self.asked.positions), self.asked)
+
+    def _answer(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
+        """hidden [n, size] at the model tokens -> float32 [k, n]."""
+        raise NotImplementedError
+
+
+class PolicyModel(TokenModel):
+    def __init__(self, architecture: Architecture, trainer: TrainerConfig) -> None:
+        super().__init__(architecture, trainer, architecture.tied_embeddings)
+        self.wants_entropy = False
+        self.chunk_bytes = trainer.logits_chunk_mib << 20
+
+    def _answer(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        assert weight is not None
+        chunk = max(1, self.chunk_bytes // (weight.shape[0] * FLOAT32_BYTES))
+        return token_logprobs(hidden, weight, batch.targets, batch.temperatures, self.architecture.vocab, chunk, self.wants_entropy)
+
+
+class ValueModel(TokenModel):
+    """Hugging Face calls the last layer `score`, as in its token classifiers."""
+
+    def __init__(self, architecture: Architecture, trainer: TrainerConfig) -> None:
+        super().__init__(architecture, trainer, tied=False)
+        if self.post_process:
+            self.output_layer = torch.nn.Linear(architecture.hidden, 1, bias=False, dtype=getattr(torch, trainer.dtype))
+
+    def _answer(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
+        return self.output_layer(hidden).float().t()

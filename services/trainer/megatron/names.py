@@ -21,11 +21,13 @@ cpu.install()
 
 from megatron.core import parallel_state  # noqa: E402
 
+from services.trainer.megatron.model import ValueModel  # noqa: E402
+
 Kind = Literal["whole", "vocab", "row", "gated", "qkv"]
 """whole: every rank holds all. vocab, qkv: split by rows; row: by columns (Megatron's RowParallelLinear).
 gated: gate and up projection, each split by rows, a rank's two parts one after the other."""
 Entry = tuple[list[str], Kind]
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD, VALUE_HEAD = "model.embed_tokens.weight", "lm_head.weight", "score.weight"
 
 
 def name_map(architecture: Architecture, model: torch.nn.Module) -> dict[str, Entry]:
@@ -33,7 +35,7 @@ def name_map(architecture: Architecture, model: torch.nn.Module) -> dict[str, En
     known: dict[str, Entry] = {
         "embedding.word_embeddings.weight": ([EMBEDDING], "vocab"),
         "decoder.final_layernorm.weight": (["model.norm.weight"], "whole"),
-        "output_layer.weight": ([EMBEDDING if architecture.tied_embeddings else HEAD], "vocab"),
+        "output_layer.weight": _last_layer(architecture, model),
     }
     for local, layer in enumerate(model.decoder.layers):  # type: ignore[union-attr,arg-type]
         known |= _layer_entries(f"decoder.layers.{local}.", f"model.layers.{layer.layer_number - 1}.")
@@ -44,12 +46,21 @@ def name_map(architecture: Architecture, model: torch.nn.Module) -> dict[str, En
     return {name: known[name] for name in names}
 
 
+def _last_layer(architecture: Architecture, model: torch.nn.Module) -> Entry:
+    if isinstance(model, ValueModel):
+        return [VALUE_HEAD], "whole"
+    return [EMBEDDING if architecture.tied_embeddings else HEAD], "vocab"
+
+
 def _layer_entries(ours: str, theirs: str) -> dict[str, Entry]:
     projections = [f"{theirs}self_attn.{x}_proj" for x in "qkv"]
     gated = [f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight"]
     return {
         f"{ours}input_layernorm.weight": ([f"{theirs}input_layernorm.weight"], "whole"),
         f"{ours}pre_mlp_layernorm.weight": ([f"{theirs}post_attention_layernorm.weight"], "whole"),
+        # Transformer Engine keeps the two norms inside the layers that follow them.
+        f"{ours}self_attention.linear_qkv.layer_norm_weight": ([f"{theirs}input_layernorm.weight"], "whole"),
+        f"{ours}mlp.linear_fc1.layer_norm_weight": ([f"{theirs}post_attention_layernorm.weight"], "whole"),
         f"{ours}self_attention.linear_qkv.weight": ([f"{p}.weight" for p in projections], "qkv"),
         f"{ours}self_attention.linear_qkv.bias": ([f"{p}.bias" for p in projections], "qkv"),
         f"{ours}self_attention.q_layernorm.weight": ([f"{theirs}self_attn.q_norm.weight"], "whole"),
@@ -84,8 +95,8 @@ def stage_weights(model: torch.nn.Module, architecture: Architecture) -> Iterato
     parameters = dict(model.named_parameters())
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     for name, (targets, kind) in name_map(architecture, model).items():
-        if name == "output_layer.weight" and architecture.tied_embeddings:
-            continue
+        if name == "output_layer.weight" and targets == [EMBEDDING]:
+            continue  # a tied head; it is given as the embedding
         own = parameters[name].detach()
         parts = [own] if ranks == 1 or kind == "whole" else _gather(own, ranks)
         full = _whole(kind, parts)

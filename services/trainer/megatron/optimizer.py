@@ -19,13 +19,13 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # n
 from megatron.core.optimizer.optimizer import MegatronOptimizer  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 
-from services.trainer.megatron.model import PolicyModel  # noqa: E402
+from services.trainer.megatron.model import TokenModel  # noqa: E402
 from services.trainer.megatron.optimizer_state import mend_adamw_checkpoints  # noqa: E402
 
 mend_adamw_checkpoints()
 
 
-def wrap(model: PolicyModel, trainable: bool) -> torch.nn.Module:
+def wrap(model: TokenModel, trainable: bool) -> torch.nn.Module:
     """In the form that Megatron's schedules take: cast to bfloat16 where configured, with gradient buffers if trainable."""
     config = model.config
     module: torch.nn.Module = Float16Module(config, model) if config.bf16 else model
@@ -50,6 +50,7 @@ def make_optimizer(model: torch.nn.Module, trainer: TrainerConfig) -> MegatronOp
             weight_decay=trainer.weight_decay,
             adam_beta1=trainer.beta1,
             adam_beta2=trainer.beta2,
+            adam_eps=trainer.adam_eps,
             clip_grad=trainer.clip_grad,
             bf16=trainer.dtype == "bfloat16",
             params_dtype=getattr(torch, trainer.dtype),
@@ -69,9 +70,16 @@ def configure(optimizer: MegatronOptimizer, trainer: TrainerConfig) -> None:
         group["fused"], group["foreach"] = True, False
         # Norms and biases are in a group of their own whose multiplier is 0. Applying it is the caller's part in Megatron.
         group["weight_decay"] = trainer.weight_decay * group.get("wd_mult", 1.0)
-        group["betas"] = (trainer.beta1, trainer.beta2)
+        group["betas"], group["eps"] = (trainer.beta1, trainer.beta2), trainer.adam_eps
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("lr_mult", 1.0)
+
+
+def state_to(optimizer: MegatronOptimizer, device: torch.device) -> None:
+    """Move Adam's averages, two numbers a weight. The weights stay; in bfloat16 so do their float32 originals."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for state in part.optimizer.state.values():
+            state |= {name: value.to(device) for name, value in state.items() if name in ("exp_avg", "exp_avg_sq")}

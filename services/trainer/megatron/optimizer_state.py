@@ -1,7 +1,15 @@
-"""Checkpoints of the distributed optimizer with torch's AdamW: three faults mended, and neither copies nor duplicates.
+"""Checkpoints of the distributed optimizer with torch's AdamW: four faults mended, and neither copies nor duplicates.
 
 Torch's AdamW is what there is without Apex and Transformer Engine: on a CPU always, on a GPU sometimes. The stored form stays
 Megatron's `fully_reshardable`, so that a checkpoint loads under another layout.
+
+| Megatron 0.16.1                                     | goes wrong                                                          |
+|-----------------------------------------------------|---------------------------------------------------------------------|
+| wants "step" among a parameter's tensors            | loading fails: "step" travels with the parameter groups             |
+| loads one step tensor for all parameters            | it is counted up once for each of them                              |
+| asserts that all steps are equal                    | an optimizer that never stepped can neither be saved nor loaded     |
+| gathers buckets without the padding between them    | what follows the first bucket is read shifted: tied embeddings on   |
+|                                                     | the last of several pipeline stages, with data parallel ranks       |
 """
 
 from __future__ import annotations
@@ -10,6 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from services.trainer.megatron import cpu
 
@@ -24,7 +33,6 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # no
 _set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 _load_state_dict = DistributedOptimizer.load_state_dict
 _sharded_state_dict = DistributedOptimizer.sharded_state_dict
-_gathered_states = DistributedOptimizer.sharded_param_state_fully_reshardable
 
 
 def mend_adamw_checkpoints() -> None:
@@ -53,45 +61,48 @@ def _load_state_dict_own_steps(self: Any, state_dict: Any) -> None:
             state["step"] = state["step"].clone()
 
 
-def _sharded_state_dict_when_fresh(self: Any, weights: Any, is_loading: bool = False, *args: Any, **kwargs: Any) -> Any:
-    # Asserts that all steps are equal, which no step at all is not: an optimizer that never stepped could not load.
-    if is_loading and not self.optimizer.state:
-        self._init_optimizer_states_with_dummy_values()
-    return _sharded_state_dict(self, weights, is_loading, *args, **kwargs)
+def _sharded_state_dict_when_fresh(self: Any, *args: Any, **kwargs: Any) -> Any:
+    # Asserts that all steps are equal, which no step at all is not: an optimizer that never stepped could not save or load.
+    if not self.optimizer.state:
+        for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
+            averages = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device)} | averages
+    return _sharded_state_dict(self, *args, **kwargs)
 
 
 def _states_without_copies(self: Any, weights: Any, is_loading: bool = False, metadata: Any = None) -> dict[int, Any]:
     """{index: {"exp_avg": …, "exp_avg_sq": …}} of every parameter, as Megatron's method of this place returns it.
 
-    With several data-parallel ranks Megatron gathers the parts. A single rank has everything: its live tensors are stored,
-    and loaded into, as they are, where gathering would hold four copies of the model. A float32 parameter is the model's
-    own and stored there already; in half precision "param" is the float32 original and must be kept.
+    A single data-parallel rank has everything: its live tensors are stored, and loaded into, as they are. Several ranks add
+    up their parts. A float32 parameter is the model's own and stored there already; in half precision "param" is the float32
+    original and must be kept.
     """
-    if self.data_parallel_group.size() == 1:
-        states = _own_states(self, weights)
-    else:
-        states = _gathered_states(self, weights, is_loading, metadata) or {}
-    if not self.config.bf16:
-        for tensors in states.values():
-            tensors.pop("param")
-    return states
-
-
-def _own_states(self: Any, weights: Any) -> dict[int, Any]:
+    names = ("param", "exp_avg", "exp_avg_sq") if self.config.bf16 else ("exp_avg", "exp_avg_sq")
     described = {entry.data: entry for entry in nested_values(extract_sharded_tensors_and_factories(weights)[0])}
     parameters = [parameter for buffer in self.buffers for parameter in buffer.param_index_map]
-    return {i: _describe(self, parameter, described[parameter]) for i, parameter in enumerate(parameters)}
+    return {
+        i: {name: _describe(described[parameter], name, _whole(self, parameter, name, is_loading)) for name in names}
+        for i, parameter in enumerate(parameters)
+    }
 
 
-def _describe(self: Any, parameter: Any, weight: Any) -> dict[str, Any]:
-    """The parameter's states, each stored as its weight is stored, under a name of its own."""
-    found = {}
-    for name, tensor in self._get_main_param_and_optimizer_states(parameter).items():
-        if name == "step":
-            continue
-        data = tensor.detach().view(weight.data.shape)
-        changes = {"key": f"optimizer.state.{name}.{weight.key}", "data": data}
-        if not isinstance(weight, ShardedTensorFactory):
-            changes["dtype"] = data.dtype
-        found[name] = replace(weight, **changes)
-    return found
+def _whole(self: Any, parameter: Any, name: str, is_loading: bool) -> torch.Tensor:
+    """The parameter's state in the parameter's shape. To load into, its content does not matter."""
+    here = parameter in self.model_param_group_index_map
+    own = self._get_main_param_and_optimizer_states(parameter)[name].detach() if here else None
+    if own is not None and self.data_parallel_group.size() == 1:
+        return own.view(parameter.shape)
+    whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+    if is_loading:
+        return whole.cpu().view(parameter.shape)
+    if own is not None:
+        part = self._get_model_param_range_map(parameter)["param"]
+        whole[part.start : part.end] = own
+    dist.all_reduce(whole, group=self.data_parallel_group)
+    return whole.cpu().view(parameter.shape)
+
+
+def _describe(weight: Any, name: str, data: torch.Tensor) -> Any:
+    """Stored as the weight is stored, under a name of its own."""
+    changes = {"key": f"optimizer.state.{name}.{weight.key}", "data": data}
+    return replace(weight, **changes if isinstance(weight, ShardedTensorFactory) else changes | {"dtype": data.dtype})
