@@ -29,7 +29,7 @@ def test_a_failed_sample_takes_the_mean_of_the_others(rewards: list[float], mean
 
 
 def test_a_failed_sample_is_a_row_without_a_token_to_train_on() -> None:
-    row = policy_rows([with_failed([1.0, 0.0])], [[1.0, -1.0, 0.0]])[-1]
+    row = policy_rows([with_failed([1.0, 0.0])])[-1]
     assert (row.token_ids, row.loss_mask, row.targets) == ([1, 2, 3], [], [])
 
 
