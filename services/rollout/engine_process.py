@@ -25,6 +25,9 @@ CHILDREN_GRACE_S = 3.0
 RESERVED = 8
 """Positions that SGLang keeps for itself in every request; without them the last tokens of a full episode would be refused."""
 
+NO_CRASH_DUMPS = {"SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}
+"""With them a server whose scheduler has died stays for 65 seconds, silent, with its port open and every request hanging."""
+
 CPU_OPTIONS = [
     *("--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
     *("--disable-overlap-schedule", "--disable-cuda-graph", "--sleep-on-idle"),
@@ -72,7 +75,7 @@ def command_line(config: Config, model: str, version: int, port: int) -> list[st
 
 def environment(engine: EngineConfig) -> dict[str, str]:
     """The server's environment."""
-    values = dict(os.environ) | {"FORAGE_ENGINE_PARENT": str(os.getpid())}
+    values = NO_CRASH_DUMPS | dict(os.environ) | {"FORAGE_ENGINE_PARENT": str(os.getpid())}
     if engine.device == "cpu":
         # waiting threads must sleep: spinning ones would take the core from the trainer on the same machine
         values |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": str(engine.threads), "OMP_WAIT_POLICY": "PASSIVE"}
