@@ -12,6 +12,8 @@ from services.contract.store import broker_url
 GRADE_TASK = "forage.grade"
 RESTORE_EVERY_S = 2
 """How often a worker looks for messages whose worker has died."""
+BROKER_SILENCE_S = 10
+"""A broker that says nothing for so long is connected to anew; it answers even an idle worker every second."""
 
 
 def grading_queue(run: str) -> str:
@@ -54,7 +56,10 @@ def grading_app(config: Config) -> Celery:
             "unacked_restore_throttle": 1,
             "unacked_mutex_expire": 30,
             "socket_connect_timeout": 5,
-            "socket_timeout": 30,
+            # A broker that falls silent without closing its connections (a machine that went, a network that drops everything)
+            # would otherwise be waited for without end, in the middle of the event loop.
+            "socket_timeout": BROKER_SILENCE_S,
+            "health_check_interval": BROKER_SILENCE_S,
             "socket_keepalive": True,
         },
     )

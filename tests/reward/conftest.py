@@ -99,6 +99,14 @@ class Bench:
         self.server.kill()
 
 
+def answers_ping(bench: Bench) -> bool:
+    """Whether a worker answers Celery's remote control."""
+    try:
+        return bool(bench.app.control.inspect(timeout=3).ping())
+    except (redis.RedisError, OSError):  # this process's own connection to the broker that went
+        return False
+
+
 class GradingWorker:
     def __init__(self, bench: Bench, name: str) -> None:
         self.name, self.heartbeat, self.log = name, bench.folder / f"{name}.heartbeat", bench.folder / f"{name}.log"

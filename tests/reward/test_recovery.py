@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 
 from services.contract.grading import send_for_grading
 from tests.factories import make_trajectory
-from tests.reward.conftest import Bench, GradingWorker, wait_until
+from tests.reward.conftest import Bench, GradingWorker, answers_ping, wait_until
 
 
 def hold_in_the_middle(bench: Bench, worker: GradingWorker, trajectory_id: str, stage: str = "handed over") -> int:
@@ -103,6 +105,55 @@ def test_a_task_that_was_running_when_redis_went_is_done_in_the_end(own_bench: B
     bench.server.start()
     wait_until(lambda: bench.is_graded("t0/0"), 30, f"graded after all: {worker.output()}")
     assert announced(bench) == ["t0/0"]
+
+
+class Relay:
+    """Passes bytes on to a server. `fall_silent`: connections made so far stay open and carry nothing any more, new ones work."""
+
+    def __init__(self, port: int) -> None:
+        self.target, self.era = port, 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self.listener.getsockname()[1]
+        self.open: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def fall_silent(self) -> None:
+        self.era += 1
+
+    def close(self) -> None:
+        for end in [self.listener, *self.open]:
+            end.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self.listener.accept()
+                far = socket.create_connection(("127.0.0.1", self.target))
+                self.open += [near, far]
+                for source, sink in ((near, far), (far, near)):
+                    threading.Thread(target=self._pass_on, args=(source, sink, self.era), daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, sink: socket.socket, era: int) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if self.era == era:
+                    sink.sendall(data)
+            if self.era == era:
+                sink.shutdown(socket.SHUT_WR)
+
+
+def test_a_broker_that_falls_silent_is_connected_to_anew(own_bench: Bench) -> None:
+    bench = own_bench
+    relay = Relay(bench.server.port)
+    bench.environment["FORAGE_REDIS__URL"] = f"redis://127.0.0.1:{relay.port}/0"
+    worker = bench.start_worker()
+    bench.store.store(make_trajectory("t0"))
+    relay.fall_silent()
+    time.sleep(3)  # until Redis has stopped to answer what the lost connection had asked: it would answer with the message
+    send_for_grading(bench.app, "t0/0")
+    wait_until(lambda: bench.is_graded("t0/0"), 120, f"graded: {worker.output()}")
+    wait_until(lambda: answers_ping(bench), 120, f"answers: {worker.output()}")
+    relay.close()
 
 
 def test_two_workers_share_the_queue_and_announce_each_trajectory_once(own_bench: Bench) -> None:

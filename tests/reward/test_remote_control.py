@@ -11,12 +11,11 @@ import urllib.request
 from typing import Any
 
 import pytest
-import redis
 
 from services.contract.grading import send_for_grading
 from tests.conftest import free_port
 from tests.factories import make_trajectory
-from tests.reward.conftest import Bench, GradingWorker, wait_until
+from tests.reward.conftest import Bench, GradingWorker, answers_ping, wait_until
 
 CELERY = [sys.executable, "-m", "celery", "-A", "services.reward.celery_app"]
 
@@ -47,13 +46,6 @@ def inspect(bench: Bench, what: str) -> dict[str, Any]:
 def test_celery_inspect_is_answered(bench: Bench, worker: GradingWorker, what: str, expected: Any) -> None:
     answer = inspect(bench, what)
     assert expected(answer), answer
-
-
-def answers_ping(bench: Bench) -> bool:
-    try:
-        return bool(bench.app.control.inspect(timeout=3).ping())
-    except (redis.RedisError, OSError):  # this process's own connection to the broker that went
-        return False
 
 
 def test_a_worker_grades_and_answers_after_each_of_several_broker_restarts(own_bench: Bench) -> None:
