@@ -33,7 +33,7 @@ class Parts:
 
     def __init__(self, folder: Path, model: Path | None = None) -> None:
         self.folder = folder
-        self.model = model or made_once(folder / "model")
+        self.model = model or make_long_model(folder / "model")
         self.codec = Codec.load(self.model)
         self.server = RedisServer(folder)
         self.server.start()
@@ -89,9 +89,11 @@ class Parts:
         self.server.kill()
 
 
-def made_once(folder: Path) -> Path:
-    """The tests' tiny trained model; made at the first call."""
-    return folder if (folder / "config.json").exists() else make_model(folder)
+def make_long_model(folder: Path) -> Path:
+    """The tests' tiny trained model, allowed longer episodes than it was made for."""
+    config = make_model(folder) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 2 * CONTEXT}))
+    return folder
 
 
 @contextlib.asynccontextmanager

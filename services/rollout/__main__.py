@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 
+import uvloop
+
 from services.contract.config import Config, ConfigError, load_config
 from services.contract.store import RedisAway
 from services.contract.telemetry import configure_logging
@@ -26,7 +28,8 @@ def main() -> None:
         config = load_config(arguments.config)
     except ConfigError as error:
         sys.exit(str(error))
-    code = asyncio.run(run(config))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # a sixth less CPU for a trajectory than asyncio's own
+        code = runner.run(run(config))
     sys.stdout.flush()
     os._exit(code)  # threads that still wait for a Redis that is away must not keep the process
 

@@ -218,6 +218,7 @@ class Engine:
         key = self.config.engine.api_key
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
+            cookie_jar=aiohttp.DummyCookieJar(),
             headers={"Authorization": f"Bearer {key.get_secret_value()}"} if key else None,
         )
 
