@@ -31,13 +31,22 @@ from services.contract.messages import Trajectory, decode_trajectory, encode
 from services.rollout.generation import read_answer
 
 SAMPLES = 8
+SEARCH_PROMPT = [
+    {"role": "system", "content": "You answer questions by searching."},
+    {
+        "role": "user",
+        "content": "Search with <search>query</search>. When you know, answer with <answer>short answer</answer>.\n"
+        "Question: What is the capital of France?",
+    },
+]
+"""That of the quickstart, for a model that its warm start has taught the tags."""
 
 
 def main() -> None:
     names = {"cpu": run_cpu, "flight": run_flight, "engine": run_engine, "update": run_update, "overlap": run_overlap}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=names)
-    parser.add_argument("--model", type=Path, help="a Hugging Face folder for `engine` and `update`; default: the tests' tiny one")
+    parser.add_argument("--model", type=Path, help="for `engine` and `update`: a quickstart's final model; default: a tiny one")
     parser.add_argument("--groups", type=int, default=0, help="how many groups of 8 (or, for `overlap`, steps); 0: as suits each")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -145,16 +154,16 @@ async def run_engine(parts: Parts, groups: int) -> None:
     """Worker and bare client in turns, twice, on the same engine and at the same concurrency."""
     from services.rollout.engine_process import free_port
 
-    parts.simulate_retriever()
+    parts.simulate_retriever(passage=300)
     port = free_port("127.0.0.1")
     own = {"port": port, "threads": 1, "max_total_tokens": 65_536}
     config = parts.configure(own, concurrency=16, least_concurrency=16, max_turn_tokens=64)
     store, board = parts.streams(config)
     rates: dict[str, list[float]] = {"worker": [], "bare": []}
-    count = groups or 12
+    count, prompt = groups or 12, SEARCH_PROMPT if parts.trained else None
     async with worker(config, board):
         for part in range(3):
-            sent = [make_group(1000 * part + index, SAMPLES, max_turn_tokens=64) for index in range(count)]
+            sent = [make_group(1000 * part + index, SAMPLES, prompt, max_turn_tokens=64, topk=2) for index in range(count)]
             clock = Clock()
             await play(store, sent)
             seconds, played = clock.wall, trajectories(store, sent)

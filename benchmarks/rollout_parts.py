@@ -32,7 +32,7 @@ class Parts:
     """One benchmark's surroundings. `engine` sets keys of [rollout.engine], `rollout` those of [rollout]."""
 
     def __init__(self, folder: Path, model: Path | None = None) -> None:
-        self.folder = folder
+        self.folder, self.trained = folder, model is not None
         self.model = model or make_long_model(folder / "model")
         self.codec = Codec.load(self.model)
         self.server = RedisServer(folder)
@@ -114,7 +114,7 @@ async def until(holds: Callable[[], Any], every_s: float = 0.1) -> None:
         await asyncio.sleep(every_s)
 
 
-def make_group(index: int, samples: int, **sampling: Any) -> PromptGroup:
+def make_group(index: int, samples: int, prompt: list[dict[str, str]] | None = None, **sampling: Any) -> PromptGroup:
     values: dict[str, Any] = {
         "temperature": 1.0,
         "top_p": 1.0,
@@ -131,7 +131,7 @@ def make_group(index: int, samples: int, **sampling: Any) -> PromptGroup:
         source="capital",
         question="What is the capital of France?",
         golden_answers=["Paris"],
-        prompt=[{"role": "user", "content": "What is the capital of France?"}],
+        prompt=prompt or [{"role": "user", "content": "What is the capital of France?"}],
         samples=samples,
         sampling=Sampling(**(values | sampling)),
         issued_version=0,

@@ -47,9 +47,13 @@ async def under_load(engine: OwnEngine, parts: Parts, root: Path) -> tuple[float
     tokens = 0
     sampling = Sampling(1.0, 1.0, TURN_TOKENS, TURN_TOKENS, 1, 0, 1)
 
+    may_send = asyncio.Event()
+    may_send.set()
+
     async def turns(number: int) -> None:
         nonlocal tokens
         while True:  # of different lengths, so that a drain has to wait for the longest
+            await may_send.wait()
             length = TURN_TOKENS // (1 + number % 4)
             tokens += len((await engine.generate(list(range(10 + number, 40 + number)), sampling, length)).ids)
 
@@ -62,7 +66,10 @@ async def under_load(engine: OwnEngine, parts: Parts, root: Path) -> tuple[float
         path = await asyncio.to_thread(weights.publish, root, version, version - 1, lambda folder: copy(parts.model, folder))
         await asyncio.to_thread(weights.verify, path)
         handed_over = time.perf_counter()
+        if engine.config.update_mode == "drain":
+            may_send.clear()  # as `Member.serves` says
         await engine.update(str(path), version)
+        may_send.set()
         engine_s += time.perf_counter() - handed_over
         update_s += time.perf_counter() - started
         await asyncio.to_thread(weights.collect_garbage, root, 2, [])
