@@ -1,10 +1,11 @@
-"""Of what modules a layer is built: Megatron's own with our attention, or Transformer Engine's where it is installed."""
+"""Of what modules a layer is built: Megatron's with an attention and activation of ours, or Transformer Engine's if installed."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from services.trainer.megatron import cpu
+from services.trainer.megatron.activation import SwiGlu
 from services.trainer.megatron.architecture import Architecture, UnsupportedModelError
 from services.trainer.megatron.attention import PackedAttention
 
@@ -19,6 +20,7 @@ def layer_spec(architecture: Architecture, transformer_engine: bool) -> Any:
         return _transformer_engine_spec(architecture)
     spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=architecture.qk_norm)
     spec.submodules.self_attention.submodules.core_attention = PackedAttention  # type: ignore[union-attr]
+    spec.submodules.mlp.submodules.activation_func = SwiGlu  # type: ignore[union-attr]
     return spec
 
 

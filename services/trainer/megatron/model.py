@@ -50,6 +50,8 @@ def transformer_config(architecture: Architecture, trainer: TrainerConfig) -> Tr
         qk_layernorm=a.qk_norm,
         gated_linear_unit=True,
         activation_func=F.silu,
+        # The name is Megatron's; it means that the activation is the module that the specification of a layer names.
+        use_te_activation_func=not trainer.transformer_engine,
         add_bias_linear=False,
         add_qkv_bias=a.qkv_bias,
         hidden_dropout=0.0,
