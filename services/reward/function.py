@@ -36,7 +36,7 @@ def load_function(name: str) -> Function:
         sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"reward.function {name}: cannot import {module_name}: {type(error).__name__}: {error}") from error
     function: Any = getattr(module, attribute, None)
     if problem := _problem(function, attribute, module_name):

@@ -7,6 +7,7 @@
 | wrong         | kept          | `structure_format_score`, and `retrieval_score` if a gold stands in a retrieved passage |
 | wrong         | broken        | `final_format_score`                                                                    |
 | missing       | broken        | 0                                                                                       |
+| never asked   | -             | 0: a sample that failed holds no turn, no rule and no function is asked about it        |
 
 The table is Search-R1's. `reward.match` says what right means; under "f1" an answer is right to a share between 0 and 1, and
 earns that share of the way from its wrong row to its right one. A missing answer always breaks the format.
@@ -49,6 +50,8 @@ def grade(trajectory: Trajectory, config: RewardConfig, function: Function | Non
     """
     episode = episode_of(trajectory, layout)
     parts = built_in_parts(episode, config.require_think)
+    if trajectory.status == "failed":
+        return Grade(0.0, parts)
     if config.legacy:
         verdict = legacy.judge(trajectory, config.match)
         return Grade(pay(config, *verdict), parts | legacy.parts_of(verdict))

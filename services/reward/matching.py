@@ -16,7 +16,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def normalise(text: str) -> str:
     """Lower case, without ASCII punctuation and articles, words apart by one space.
 

@@ -18,7 +18,7 @@ FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 REWARDS = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 2)
 
-Outcome = Literal["graded", "graded_before", "gone", "requeued", "buried", "left"]
+Outcome = Literal["graded", "graded_before", "gone", "requeued", "buried", "left", "dropped"]
 """What became of a message; `left`: given up while its group was still being played, the sweep comes back to it."""
 Failure = Literal["error", "soft_time_limit", "hard_time_limit", "process_lost", "unreadable", "ungradable", "redis_away"]
 

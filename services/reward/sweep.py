@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 
+import redis
 from celery import Celery
 from kombu.exceptions import OperationalError
 
@@ -41,7 +42,7 @@ class Sweep:
             try:
                 if sent := self.sweep(store):
                     logger.warning("asked again for %d trajectories that nobody had graded", sent)
-            except (RedisAway, OperationalError, *AWAY) as error:
+            except (RedisAway, OperationalError, redis.RedisError, *AWAY) as error:  # refused, too: this thread must live on
                 logger.warning("could not look for ungraded trajectories: %s", error)
 
     def sweep(self, store: GroupStore) -> int:

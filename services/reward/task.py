@@ -10,7 +10,8 @@
 | the last of `reward.max_tries` tries failed      | acknowledged                  | its group is buried, with the reason  |
 | it cannot be read, or never be graded            | acknowledged                  | its group is buried at once           |
 | to be buried while its group is still played     | acknowledged                  | the sweep asks again afterwards       |
-| wrong arguments, another task, not a message     | one error line, then dropped  | the sweep asks again, if it was one   |
+| wrong arguments, another task, not a message     | an error line, then dropped   | the sweep asks again, if it was one   |
+| Redis refuses a command (out of memory, ...)     | an error line, then dropped   | the sweep asks again                  |
 
 A try is counted in Redis before it is made (grading_tries.py), so that what kills the grader is counted too.
 """
@@ -137,6 +138,9 @@ def register(app: Celery, config: Config, metrics: Metrics) -> None:
                 metrics.count_failure("redis_away")
             logger.warning("%s goes back to the queue: %s", trajectory_id, error or type(error).__name__)
             raise Reject(str(error), requeue=True) from None
+        except Exception:
+            outcome = "dropped"  # by Celery, with a traceback
+            raise
         finally:
             metrics.count(outcome, time.monotonic() - started)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from services.contract.config import RewardConfig
 from services.contract.messages import Span, Trajectory, VersionSpan
 from services.contract.transcript import ANSWER_ONLY_NOTICE, NOTICE, last_answer, observation
-from services.reward.grade import BUILT_IN, grade
+from services.reward.grade import BUILT_IN, Grade, grade
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 CASES = json.loads((GOLDENS / "format_reward.json").read_text())["cases"]
@@ -176,3 +177,13 @@ def test_grading_changes_nothing_and_gives_the_same_twice() -> None:
     trajectory = trajectory_of([("model", "<answer>Paris</answer>")], ["Paris"])
     assert grade(trajectory, PAID) == grade(trajectory, PAID)
     assert trajectory.reward is None
+
+
+@pytest.mark.parametrize("config", [PAID, RewardConfig(legacy=True)], ids=["normal", "legacy"])
+def test_a_sample_that_failed_earns_nothing_and_nobody_is_asked_about_it(config: RewardConfig) -> None:
+    def never(episode: object) -> Grade:
+        raise AssertionError("asked")
+
+    failed = msgspec.structs.replace(trajectory_of([], ["Paris"]), status="failed", stop_reason="late")
+    graded = grade(failed, config, None if config.legacy else never)
+    assert graded.reward == 0.0 and not any(graded.parts.values())

@@ -164,6 +164,17 @@ def test_a_group_that_is_still_being_played_is_left_until_it_is_finished(store: 
     store.accounts().check()
 
 
+def test_what_legacy_rules_cannot_grade_is_buried_at_once(store: GroupStore, redis_url: str) -> None:
+    legacy = {"run": {"name": "test"}, "redis": {"url": redis_url}, "reward": {"legacy": True}}
+    store.feed(make_group("t0", samples=1))
+    (lease,) = store.lease("worker", 1, 10)
+    store.store(make_trajectory("t0", prompt_text=""))
+    store.finish(lease)
+    assert Grader(Config.model_validate(legacy), Metrics()).grade("t0/0") == "buried"
+    (letter,) = store.read_dead()
+    assert "t0/0 cannot be graded (1 of 3 tries): reward.legacy reads the prompt too" in letter.reason
+
+
 def test_what_was_graded_meanwhile_is_not_buried(store: GroupStore, grader: Grader) -> None:
     store.feed(make_group("t0", samples=1))
     (lease,) = store.lease("worker", 1, 10)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import redis
 
-from services.contract.config import Config
+from services.contract.config import Config, RunConfig
 from services.contract.grading import grading_app, grading_queue
 from services.contract.groups import GroupStore
+from services.reward import sweep
 from services.reward.sweep import Sweep
 from tests.factories import make_group, make_trajectory
+from tests.reward.conftest import wait_until
 
 
 @pytest.fixture
@@ -27,10 +31,28 @@ def test_only_overdue_trajectories_of_finished_groups_are_sent_again_and_once(re
     store.store(make_trajectory("t1", 0))  # still being played
     store.finish(first)
     store.grade(store.load("t0/0"), 1.0, {})
-    sweep = Sweep(grading_app(config), config)
+    looks = Sweep(grading_app(config), config)
     assert store.ungraded() == ["t0/1"]
-    assert [sweep.sweep(store) for _ in range(4)] == [0, 1, 0, 0]
+    assert [looks.sweep(store) for _ in range(4)] == [0, 1, 0, 0]
     broker = redis.Redis(port=int(config.redis.url.rsplit(":")[-1].split("/")[0]), db=config.reward.database)
     assert broker.llen(grading_queue("test")) == 1
     store.grade(store.load("t0/1"), 1.0, {})
     assert store.ungraded() == []
+
+
+def test_a_redis_that_refuses_a_command_does_not_end_the_sweeps(
+    redis_client: redis.Redis, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "SWEEP_S", 0.05)
+    config = config.model_copy(update={"run": RunConfig(name="refused")})  # its thread outlives this test
+    store = GroupStore(redis_client, "refused")
+    broker = redis.Redis(port=int(config.redis.url.rsplit(":")[-1].split("/")[0]), db=config.reward.database)
+    redis_client.set(store.keys.states, "no hash")
+    Sweep(grading_app(config), config).start()
+    time.sleep(0.5)
+    redis_client.delete(store.keys.states)
+    store.feed(make_group("t0", samples=1))
+    (lease,) = store.lease("worker", 1, 10)
+    store.store(make_trajectory("t0"))
+    store.finish(lease)
+    wait_until(lambda: broker.llen(grading_queue("refused")) == 1, what="asked again")

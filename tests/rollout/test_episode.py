@@ -49,6 +49,11 @@ def test_a_search_and_an_answer(codec: Codec) -> None:
     assert set(trajectory.timings) == {"generate_s", "retrieve_s", "total_s"}
 
 
+def test_the_prompt_is_kept_as_text_with_its_special_tokens(codec: Codec) -> None:
+    trajectory, _ = play(codec, [FINAL])
+    assert trajectory.prompt_text == "<|start|>user\nWhat is the capital of France?<|end|>\n<|start|>assistant\n"
+
+
 def test_each_turn_is_sampled_from_the_very_ids_of_the_turns_before(codec: Codec) -> None:
     trajectory, model = play(codec, [SEARCH, FINAL])
     observed = trajectory.spans[1].end
