@@ -143,13 +143,13 @@ async def test_sglangs_own_in_place_pause_would_keep_the_old_policys_kv(
 ) -> None:
     """Why `in_place` here is SGLang's `retract`: with its `in_place` the flush of the cache fails, and so does the load."""
     make_variant(tiny_model, tmp_path, scale=0.6)
-    turn = asyncio.create_task(served.generate(list(range(10, 40)), make_sampling(temperature=5.0), 400))
-    await until_decoding(served, 1)
+    turns = [asyncio.create_task(served.generate(list(range(10, 40)), make_sampling(temperature=5.0), 400)) for _ in range(8)]
+    await until_decoding(served, 3)  # some may have stopped already
     await served._post("/pause_generation", {"mode": "in_place"}, 30)
     with pytest.raises(EngineError, match="cache was not flushed"):
         await served.load(str(tmp_path), 7)
     await served.resume()
-    await turn
+    await asyncio.gather(*turns)
     await served.update(str(tiny_model), 0)
 
 
