@@ -190,9 +190,10 @@ def test_compressed_corpus_is_told_by_content_and_unpacked_once(tmp_path: Path, 
 
 
 def test_gzip_called_jsonl_is_unpacked_beside_it(tmp_path: Path) -> None:
-    path = corpus_of(tmp_path, gzip.compress(TEXT))
+    packed = gzip.compress(TEXT)
+    path = corpus_of(tmp_path, packed)
     assert Corpus.open(path).path == tmp_path / "corpus.unpacked.jsonl" == unpacked_path(path)
-    assert path.read_bytes() == gzip.compress(TEXT)
+    assert path.read_bytes() == packed
 
 
 def test_changed_archive_is_unpacked_again(tmp_path: Path) -> None:
