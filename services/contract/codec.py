@@ -5,16 +5,25 @@ transformers is imported on first use only; the contract loads without it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 
 class Codec:
-    """A model's tokenizer, with the choices that every part of the suite must make alike."""
+    """A model's tokenizer, with the choices that every part of the suite must make alike.
+
+    Texts go to the `tokenizers` library itself: what transformers adds around it costs as much again. Raises ValueError when the
+    tokenizer does not rest on that library.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(f"{type(tokenizer).__name__} has no tokenizer.json: save the model's tokenizer as a fast one")
         self._tokenizer = tokenizer
+        self._texts = copy.deepcopy(tokenizer.backend_tokenizer)  # one of our own, in which special tokens are text
+        self._texts.encode_special_tokens = True
 
     @classmethod
     def load(cls, folder: Path) -> Codec:
@@ -37,7 +46,7 @@ class Codec:
 
     def encode(self, text: str) -> list[int]:
         """Text as text: a special token written out in it (``<|im_end|>`` in a passage) never becomes the special id."""
-        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return self._texts.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self._texts.decode(ids, skip_special_tokens=False)

@@ -19,7 +19,7 @@ class Statistics:
 
     def count(self, trajectory: Trajectory) -> None:
         self.episodes += 1
-        self.tokens += sum(trajectory.loss_mask)
+        self.tokens += sum(span.end - span.start for span in trajectory.spans if span.kind == "model")
         self.searches += trajectory.searches
         self.answered += trajectory.answer is not None
 
