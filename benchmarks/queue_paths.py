@@ -15,7 +15,7 @@ import redis
 from services.contract.config import Config
 from services.contract.grading import grading_app, send_for_grading
 from services.contract.groups import GroupStore, Lease
-from services.contract.messages import GradedNotice, PromptGroup, Sampling, Span, Trajectory, VersionSpan, encode
+from services.contract.messages import GradedNotice, PromptGroup, Reward, Sampling, Span, Trajectory, VersionSpan, encode
 
 RUN, CONSUMERS, POLL_S = "benchmark", "consumers", 0.01
 SAMPLING = Sampling(1.0, 1.0, 500, 2000, 500, 3, 3)
@@ -84,7 +84,7 @@ def in_threads(count: int, work: Callable[[int], None]) -> None:
             done.result()
 
 
-def send(store: GroupStore, load: Load, ask: Callable[[Trajectory], object]) -> None:
+def send(store: GroupStore, load: Load, ask: Callable[[list[str]], object]) -> None:
     """A feeder's and a rollout worker's part: every group fed, leased, stored, asked for and finished."""
     for group in load.groups:
         store.feed(group)
@@ -94,9 +94,9 @@ def send(store: GroupStore, load: Load, ask: Callable[[Trajectory], object]) -> 
             play(leases[0])
 
     def play(lease: Lease) -> None:
-        for name in lease.group.trajectory_ids():
-            store.store(load.trajectories[name])
-            ask(load.trajectories[name])
+        names = lease.group.trajectory_ids()
+        store.store_many([(load.trajectories[name], lease) for name in names])  # as a busy worker does
+        ask(names)
         store.finish(lease)
 
     in_threads(load.threads, work)
@@ -104,14 +104,20 @@ def send(store: GroupStore, load: Load, ask: Callable[[Trajectory], object]) -> 
 
 def durable(config: Config, client: Any, load: Load) -> None:
     store, app = GroupStore(client, RUN), grading_app(config)
-    send(store, load, lambda trajectory: send_for_grading(app, trajectory.id))
+    send(store, load, lambda names: send_for_grading(app, *names))
     while client.xlen(store.keys.graded) < load.size:
         time.sleep(POLL_S)
 
 
 def moves(config: Config, client: Any, load: Load) -> None:
     store = GroupStore(client, RUN)
-    send(store, load, lambda trajectory: store.grade(store.load(trajectory.id), 1.0, {"exact_match": 1.0}))  # type: ignore[arg-type]
+
+    def grade(names: list[str]) -> None:
+        for name in names:
+            body = client.get(store.keys.trajectory(name))
+            store.grade(name, body, Reward(1.0, {"exact_match": 1.0}))
+
+    send(store, load, grade)
 
 
 def plain(config: Config, client: Any, load: Load) -> None:

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from services.contract.messages import PromptGroup, Sampling, Span, Trajectory, VersionSpan
+from services.contract.messages import PromptGroup, Reward, Sampling, Span, Trajectory, VersionSpan
 
 if TYPE_CHECKING:
+    from services.contract.groups import GroupStore
     from services.trainer.collect import CompleteGroup
 
 
@@ -40,6 +41,12 @@ def make_group(group_id: str = "t0", samples: int = 2, **changes: object) -> Pro
         deadline_s=600.0,
     )
     return msgspec.structs.replace(base, **changes)
+
+
+def grade(store: GroupStore, trajectory_id: str, reward: float = 1.0, **parts: float) -> bool:
+    """What the grader does once it knows the reward."""
+    body = store.client.get(store.keys.trajectory(trajectory_id))
+    return store.grade(trajectory_id, body or b"", Reward(reward, parts))
 
 
 def make_trajectory(

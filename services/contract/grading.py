@@ -75,6 +75,8 @@ def _reconnections(seconds: float) -> int:
     return attempts
 
 
-def send_for_grading(app: Celery, trajectory_id: str) -> None:
-    """Ask for a trajectory to be graded; asking twice does no harm."""
-    app.send_task(GRADE_TASK, args=[trajectory_id], retry=True)
+def send_for_grading(app: Celery, *trajectory_ids: str) -> None:
+    """Ask for trajectories to be graded, each by a task of its own; asking twice does no harm."""
+    with app.producer_pool.acquire(block=True) as producer:
+        for trajectory_id in trajectory_ids:
+            app.send_task(GRADE_TASK, args=[trajectory_id], retry=True, producer=producer)

@@ -12,7 +12,7 @@ Like the moves of groups.py, each is one script that checks before it acts, so t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import redis
@@ -23,19 +23,20 @@ from services.contract.store import Keys
 KEPT_S = 24 * 3600
 """How long tries are remembered after the last one."""
 
-# KEYS: trajectory, its grading. ARGV: most tries, seconds to remember them. A try is counted before it is made, so that one
-# that kills its process counts too.
+# KEYS: trajectory, its reward, its grading. ARGV: most tries, seconds to remember them. A try is counted before it is made, so that
+# one that kills its process counts too.
 _BEGIN = """
+if redis.call('EXISTS', KEYS[2]) == 1 then return 'graded_before' end
 local body = redis.call('GET', KEYS[1])
 if not body then
-  redis.call('DEL', KEYS[2])
-  return nil
+  redis.call('DEL', KEYS[3])
+  return 'gone'
 end
-local tries = tonumber(redis.call('HGET', KEYS[2], 'tries') or '0') + 1
-local reason = redis.call('HGET', KEYS[2], 'reason') or ''
+local tries = tonumber(redis.call('HGET', KEYS[3], 'tries') or '0') + 1
+local reason = redis.call('HGET', KEYS[3], 'reason') or ''
 if tries <= tonumber(ARGV[1]) then
-  redis.call('HSET', KEYS[2], 'tries', tries, 'reason', '')
-  redis.call('EXPIRE', KEYS[2], ARGV[2])
+  redis.call('HSET', KEYS[3], 'tries', tries, 'reason', '')
+  redis.call('EXPIRE', KEYS[3], ARGV[2])
 end
 return {body, tries, reason}
 """
@@ -47,10 +48,11 @@ redis.call('HSET', KEYS[1], 'reason', ARGV[1])
 return 1
 """
 
-# KEYS: states, dead, counters, graded_samples, the ungradable trajectory, others and their gradings...
+# KEYS: states, dead, counters, graded_samples, the ungradable trajectory, its reward, all of the group with rewards and gradings...
 # ARGV: group id, its state, body of the ungradable trajectory, letter. Graded meanwhile, released or buried: nothing happens.
 _BURY = """
 if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] or redis.call('GET', KEYS[5]) ~= ARGV[3] then return 0 end
+if redis.call('EXISTS', KEYS[6]) == 1 then return 0 end
 redis.call('HDEL', KEYS[1], ARGV[1])
 redis.call('XADD', KEYS[2], '*', 'body', ARGV[4])
 redis.call('HINCRBY', KEYS[3], 'dead', 1)
@@ -82,11 +84,14 @@ class GradingTries:
         self.keys = Keys(run)
         self._begin, self._note, self._bury = map(client.register_script, (_BEGIN, _NOTE, _BURY))
 
-    def begin(self, trajectory_id: str, max_tries: int) -> Try | None:
-        """Count a try and get the trajectory's body; None when it was released or never stored."""
-        keys = [self.keys.trajectory(trajectory_id), self.keys.grading(trajectory_id)]
-        found = self._begin(keys, [max_tries, KEPT_S])
-        return Try(trajectory_id, found[0], found[1], found[2].decode(errors="replace")) if found else None
+    def begin(self, trajectory_id: str, max_tries: int) -> Try | Literal["gone", "graded_before"]:
+        """Count a try and get the trajectory's body. `gone`: it was released or never stored."""
+        keys = self.keys
+        names = [keys.trajectory(trajectory_id), keys.reward(trajectory_id), keys.grading(trajectory_id)]
+        found = self._begin(names, [max_tries, KEPT_S])
+        if isinstance(found, bytes):
+            return "gone" if found == b"gone" else "graded_before"
+        return Try(trajectory_id, found[0], found[1], found[2].decode(errors="replace"))
 
     def note(self, failed: Try, reason: str) -> None:
         """Remember why it failed, for whoever buries the group in the end."""
@@ -102,7 +107,8 @@ class GradingTries:
         if not state.startswith(b"finished"):
             return False
         ids = [f"{group_id}/{sample}" for sample in range(int(state.split()[1]))]
-        names = [keys.states, keys.dead, keys.counters, keys.graded_samples, keys.trajectory(failed.trajectory_id)]
-        names += [name for i in ids for name in (keys.trajectory(i), keys.grading(i))]
+        names = [keys.states, keys.dead, keys.counters, keys.graded_samples]
+        names += [name(failed.trajectory_id) for name in (keys.trajectory, keys.reward)]
+        names += [name(i) for i in ids for name in (keys.trajectory, keys.reward, keys.grading)]
         letter = encode(DeadLetter(group_id, None, reason, tries))
         return bool(self._bury(names, [group_id, state, failed.body, letter]))

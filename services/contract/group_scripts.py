@@ -38,11 +38,16 @@ return held
 """
 )
 
-# KEYS: trajectory, states. ARGV: body, group id, the state that the group must be in ('' for any).
+# KEYS: states, trajectories... ARGV: for each its body, its group id and the state that the group must be in ('' for any).
 # A trajectory that came after its group was released, buried or handed on would never be deleted by anyone.
 STORE = """
-if ARGV[3] ~= '' and redis.call('HGET', KEYS[2], ARGV[2]) ~= ARGV[3] then return 0 end
-return redis.call('SET', KEYS[1], ARGV[1], 'NX') and 1 or 0
+local stored = {}
+for i = 2, #KEYS do
+  local body, group, state = ARGV[3 * i - 5], ARGV[3 * i - 4], ARGV[3 * i - 3]
+  local played = state == '' or redis.call('HGET', KEYS[1], group) == state
+  table.insert(stored, played and redis.call('SET', KEYS[i], body, 'NX') and 1 or 0)
+end
+return stored
 """
 
 # KEYS: prompts, states. ARGV: consumer group, entry id, worker, new body, group id. Only the holder of an entry may move it.
@@ -66,7 +71,8 @@ return 1
 """
 )
 
-# KEYS: prompts, states, dead, counters, graded_samples, trajectories... ARGV: consumer group, entry id, worker, group id, letter.
+# KEYS: prompts, states, dead, counters, graded_samples, trajectories and rewards...
+# ARGV: consumer group, entry id, worker, group id, letter.
 DIE = (
     _HOLDS
     + """
@@ -80,13 +86,15 @@ return 1
 """
 )
 
-# KEYS: trajectory, graded, graded_samples, its grading. ARGV: the body that was graded, the body with its reward, notice, group id.
+# KEYS: trajectory, its reward, graded, graded_samples, its grading. ARGV: SHA-1 of the body that was graded, reward, notice,
+# group id. Another body stands there when the group was released and fed once more under the same name.
 GRADE = """
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[1], ARGV[2])
-redis.call('XADD', KEYS[2], '*', 'body', ARGV[3])
-redis.call('HINCRBY', KEYS[3], ARGV[4], 1)
-redis.call('DEL', KEYS[4])
+local body = redis.call('GET', KEYS[1])
+if not body or redis.sha1hex(body) ~= ARGV[1] or redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
+redis.call('SET', KEYS[2], ARGV[2])
+redis.call('XADD', KEYS[3], '*', 'body', ARGV[3])
+redis.call('HINCRBY', KEYS[4], ARGV[4], 1)
+redis.call('DEL', KEYS[5])
 return 1
 """
 
@@ -112,7 +120,7 @@ return 1
 """
 )
 
-# KEYS: states, counters, graded, graded_samples, prompts, trajectories...
+# KEYS: states, counters, graded, graded_samples, prompts, trajectories and rewards...
 # ARGV: consumer group of graded, group id, consumer group of prompts, graded entry ids...
 RELEASE = (
     _END_LEASE

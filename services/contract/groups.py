@@ -22,7 +22,8 @@ At any instant ``fed = waiting + leased + finished + dead`` and ``finished = col
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -33,11 +34,12 @@ from services.contract.messages import (
     DeadLetter,
     GradedNotice,
     PromptGroup,
+    Reward,
     Trajectory,
     decode_dead,
     decode_group,
-    decode_trajectory,
     encode,
+    read_trajectory,
 )
 from services.contract.store import Keys
 
@@ -143,10 +145,15 @@ class GroupStore:
         Any worker that has held the lease may store while the group is being played: what it has finished need not be
         played again. Without a lease nothing but the first attempt is looked at (for tools that put trajectories in place).
         """
-        # Read back before it is kept: `grade` compares bytes, and an int where a float belongs would come back as other bytes.
-        body = encode(decode_trajectory(encode(trajectory)))
-        state = b"fed " + lease.entry_id if lease else b""
-        return bool(self._store([self.keys.trajectory(trajectory.id), self.keys.states], [body, trajectory.group_id, state]))
+        return self.store_many([(trajectory, lease)])[0]
+
+    def store_many(self, played: Sequence[tuple[Trajectory, Lease | None]]) -> list[bool]:
+        """`store` for each, in one command."""
+        keys, arguments = [self.keys.states], []
+        for trajectory, lease in played:
+            keys.append(self.keys.trajectory(trajectory.id))
+            arguments += [encode(trajectory), trajectory.group_id, b"fed " + lease.entry_id if lease else b""]
+        return [bool(stored) for stored in self._store(keys, arguments)]
 
     def missing_samples(self, group: PromptGroup) -> list[int]:
         """Which samples of the group have no stored trajectory yet."""
@@ -181,35 +188,38 @@ class GroupStore:
         group, keys = lease.group, self.keys
         letter = DeadLetter(group.group_id, group.purpose, reason, group.attempt)
         names = [keys.prompts, keys.states, keys.dead, keys.counters, keys.graded_samples]
-        names += [keys.trajectory(i) for i in group.trajectory_ids()]
+        names += self._bodies(group.trajectory_ids())
         return bool(self._die(names, [ROLLOUT_GROUP, lease.entry_id, lease.worker, group.group_id, encode(letter)]))
 
     # -- the grader ----------------------------------------------------------------------------------------------------
 
     def load(self, trajectory_id: str) -> Trajectory | None:
         """The stored trajectory; None when it was released or never stored."""
-        body = self.client.get(self.keys.trajectory(trajectory_id))
-        return decode_trajectory(body) if body else None
+        return self.load_many([trajectory_id])[0]
 
-    def grade(self, trajectory: Trajectory, reward: float, parts: dict[str, float]) -> bool:
-        """Write the reward onto an ungraded trajectory and announce it. False: it was graded before, or is gone."""
-        if trajectory.reward is not None:
-            return False
-        graded = msgspec.structs.replace(trajectory, reward=reward, reward_parts=parts)
-        notice = GradedNotice(trajectory.id, trajectory.group_id, reward)
-        keys = [self.keys.trajectory(trajectory.id), self.keys.graded, self.keys.graded_samples, self.keys.grading(trajectory.id)]
-        return bool(self._grade(keys, [encode(trajectory), encode(graded), encode(notice), trajectory.group_id]))
+    def grade(self, trajectory_id: str, body: bytes, reward: Reward) -> bool:
+        """Put the reward beside the body that earned it and announce it. False: it was graded before, or is gone."""
+        group_id, keys = trajectory_id.rpartition("/")[0], self.keys
+        notice = GradedNotice(trajectory_id, group_id, reward.total)
+        names = [keys.trajectory(trajectory_id), keys.reward(trajectory_id)]
+        names += [keys.graded, keys.graded_samples, keys.grading(trajectory_id)]
+        digest = hashlib.sha1(body, usedforsecurity=False).hexdigest()
+        return bool(self._grade(names, [digest, encode(reward), encode(notice), group_id]))
 
     def ungraded(self) -> list[str]:
-        """Ids of trajectories without a reward in groups that their workers have finished; those that cannot be read too."""
+        """Ids of stored trajectories without a reward in groups that their workers have finished."""
         states, graded = self.client.hgetall(self.keys.states), self.client.hgetall(self.keys.graded_samples)
         names: list[str] = []
         for group_id, state in states.items():
             samples = int(state.split()[1]) if state.startswith(b"finished") else 0
             if int(graded.get(group_id, 0)) < samples:
                 names += [f"{group_id.decode()}/{sample}" for sample in range(samples)]
-        bodies = self.client.mget([self.keys.trajectory(i) for i in names]) if names else []
-        return [name for name, body in zip(names, bodies, strict=True) if body and not _is_graded(body)]
+        rewards = self.client.mget([self.keys.reward(i) for i in names]) if names else []
+        waiting = [name for name, reward in zip(names, rewards, strict=True) if reward is None]
+        stored = self.client.pipeline(transaction=False)
+        for name in waiting:
+            stored.exists(self.keys.trajectory(name))
+        return [name for name, there in zip(waiting, stored.execute(), strict=True) if there]
 
     # -- the trainer collects ------------------------------------------------------------------------------------------
 
@@ -228,8 +238,9 @@ class GroupStore:
         return [decode_dead(fields[b"body"]) for _, fields in entries]
 
     def load_many(self, trajectory_ids: list[str]) -> list[Trajectory | None]:
-        bodies = self.client.mget([self.keys.trajectory(i) for i in trajectory_ids])
-        return [decode_trajectory(body) if body else None for body in bodies]
+        """The stored trajectories with their rewards; None for what was released or never stored."""
+        found = self.client.mget(self._bodies(trajectory_ids)) if trajectory_ids else []
+        return [read_trajectory(body, reward) if body else None for body, reward in zip(found[::2], found[1::2], strict=True)]
 
     def mark_collected(self, group_id: str) -> None:
         """The trainer has read the whole group."""
@@ -238,7 +249,7 @@ class GroupStore:
     def release(self, group_id: str, trajectory_ids: list[str], entry_ids: list[bytes]) -> bool:
         """Forget a group: its notices are acknowledged, its bodies deleted. Only after the checkpoint is durable."""
         keys = [self.keys.states, self.keys.counters, self.keys.graded, self.keys.graded_samples, self.keys.prompts]
-        keys += [self.keys.trajectory(i) for i in trajectory_ids]
+        keys += self._bodies(trajectory_ids)
         return bool(self._release(keys, [TRAINER_GROUP, group_id, ROLLOUT_GROUP, *entry_ids]))
 
     def in_flight(self) -> set[str]:
@@ -269,6 +280,10 @@ class GroupStore:
         """A human-readable line for `events`, which keeps the last few thousand."""
         self.client.xadd(self.keys.events, {"event": event}, maxlen=EVENTS_KEPT, approximate=True)
 
+    def _bodies(self, trajectory_ids: list[str]) -> list[str]:
+        """The keys of each one's body and reward, in turns."""
+        return [name(i) for i in trajectory_ids for name in (self.keys.trajectory, self.keys.reward)]
+
     def _read(self, stream: str, group: str, consumer: str, start: str | bytes, count: int, block_ms: int | None) -> list:
         def read() -> list:
             return self.client.xreadgroup(group, consumer, {stream: start}, count=count, block=block_ms) or []
@@ -285,10 +300,3 @@ class GroupStore:
                 raise
             self.ensure_streams()
             return command()
-
-
-def _is_graded(body: bytes) -> bool:
-    try:
-        return decode_trajectory(body).reward is not None
-    except msgspec.DecodeError:
-        return False

@@ -138,7 +138,7 @@ class Trajectory(msgspec.Struct, omit_defaults=True):
     """The group's, carried along: its body is deleted once all samples are stored, before the grader needs them."""
     answer: str | None = None
     reward: float | None = None
-    """None until graded."""
+    """None until graded. In Redis it stands beside the body (`Reward`)."""
     reward_parts: dict[str, float] = {}
     timings: dict[str, float] = {}
     worker: str = ""
@@ -192,6 +192,13 @@ def _tiles(ranges: list[tuple[int, int]], start: int, end: int) -> bool:
     return start == end
 
 
+class Reward(msgspec.Struct, frozen=True, array_like=True):
+    """What a trajectory earned, kept beside its body, which is written once and never changed."""
+
+    total: float
+    parts: dict[str, float]
+
+
 class GradedNotice(msgspec.Struct, frozen=True):
     """An entry of the `graded` stream."""
 
@@ -229,4 +236,14 @@ class Demonstration(msgspec.Struct, frozen=True):
 encode = msgspec.msgpack.Encoder().encode
 decode_group = msgspec.msgpack.Decoder(PromptGroup).decode
 decode_trajectory = msgspec.msgpack.Decoder(Trajectory).decode
+decode_reward = msgspec.msgpack.Decoder(Reward).decode
 decode_dead = msgspec.msgpack.Decoder(DeadLetter).decode
+
+
+def read_trajectory(body: bytes, reward: bytes | None) -> Trajectory:
+    """A stored body with the reward that is kept beside it, if it has one. Raises msgspec.DecodeError or InvalidMessage."""
+    trajectory = decode_trajectory(body)
+    if reward is not None:
+        earned = decode_reward(reward)
+        trajectory.reward, trajectory.reward_parts = earned.total, earned.parts
+    return trajectory

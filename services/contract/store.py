@@ -116,6 +116,10 @@ class Keys:
     def trajectory(self, trajectory_id: str) -> str:
         return f"{self.prefix}trajectory:{trajectory_id}"
 
+    def reward(self, trajectory_id: str) -> str:
+        """What it earned; absent until it is graded."""
+        return f"{self.prefix}reward:{trajectory_id}"
+
     def grading(self, trajectory_id: str) -> str:
         """How often its grading was begun, and why the last try failed."""
         return f"{self.prefix}grading:{trajectory_id}"

@@ -51,7 +51,6 @@ class Sweep:
         self._sent = {name: at for name, at in self._sent.items() if now - at < RESEND_S}
         overdue = sorted((ungraded & self._seen) - self._sent.keys())
         self._seen = ungraded
-        for name in overdue:
-            send_for_grading(self.app, name)
-            self._sent[name] = now
+        send_for_grading(self.app, *overdue)
+        self._sent |= dict.fromkeys(overdue, now)
         return len(overdue)

@@ -30,7 +30,7 @@ from services.contract.config import Config
 from services.contract.grading import GRADE_TASK
 from services.contract.grading_tries import GradingTries, Try
 from services.contract.groups import GroupStore
-from services.contract.messages import Trajectory, decode_trajectory
+from services.contract.messages import Reward, Trajectory, decode_trajectory
 from services.contract.store import RedisAway, connect
 from services.reward.function import load_function
 from services.reward.grade import Grade, grade
@@ -70,9 +70,9 @@ class Grader:
     def grade(self, trajectory_id: str) -> Outcome:
         """Grade and announce a trajectory; doing it twice changes nothing. Raises TryFailed and RedisAway."""
         attempt = self.tries.begin(trajectory_id, self.config.reward.max_tries)
-        if attempt is None:
-            logger.debug("%s: gone, nothing to grade", trajectory_id)
-            return "gone"
+        if isinstance(attempt, str):
+            logger.debug("%s: %s, nothing to grade", trajectory_id, attempt)
+            return attempt
         if attempt.number > self.config.reward.max_tries:
             return self._give_up(attempt, attempt.last_reason or KILLED)
         try:
@@ -88,16 +88,13 @@ class Grader:
         except Exception as error:
             logger.debug("%s", trajectory_id, exc_info=True)
             return self._try_again(attempt, f"{type(error).__name__}: {error}", "error")
-        if result is None or not self.store.grade(trajectory, *result):
+        if not self.store.grade(trajectory_id, attempt.body, Reward(*result)):
             return "graded_before"
         self.metrics.count_reward(trajectory.source, result.reward)
         logger.debug("%s: reward %g %s", trajectory_id, *result)
         return "graded"
 
-    def _grade(self, trajectory: Trajectory) -> Grade | None:
-        """None when it has been graded before."""
-        if trajectory.reward is not None:
-            return None
+    def _grade(self, trajectory: Trajectory) -> Grade:
         if not trajectory.golden_answers and self.function is None:
             logger.warning("%s has no golden answers: no answer can match", trajectory.id)
         return grade(trajectory, self.config.reward, self.function, self.config.rollout.layout)

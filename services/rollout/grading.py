@@ -19,12 +19,12 @@ class Grading:
     def __init__(self, config: Config) -> None:
         self._app, self._patience_s = grading_app(config), config.redis.retry_s
 
-    def request(self, trajectory_id: str) -> None:
+    def request(self, trajectory_ids: list[str]) -> None:
         """Asking twice does no harm. Raises RedisAway after `redis.retry_s`."""
         started = time.monotonic()
         while True:
             try:
-                return send_for_grading(self._app, trajectory_id)
+                return send_for_grading(self._app, *trajectory_ids)
             except (OperationalError, *AWAY) as error:
                 if time.monotonic() - started > self._patience_s:
                     raise RedisAway(f"the queue of the graders has been away for {self._patience_s:.0f} s: {error}") from error

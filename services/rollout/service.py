@@ -25,6 +25,7 @@ from services.rollout.engine_process import usable_context
 from services.rollout.engines import EnginePool, Member
 from services.rollout.episode import Player
 from services.rollout.grading import Grading
+from services.rollout.keeper import Keeper
 from services.rollout.own_engine import OwnEngine
 from services.rollout.policy_watcher import PolicyWatcher, VersionFiles
 from services.rollout.retrieval import Retriever
@@ -71,7 +72,7 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
         members = make_members(config, PolicyBoard(client, config.run.name), name, run)
         async with Retriever(config.retriever.url, config.rollout) as retriever:
             player = Player(_from_no_seat, retriever.retrieve, codec, usable_context(config))
-            worker = Worker(name, config.rollout, store, Grading(config), player, EnginePool(members), run)
+            worker = Worker(name, config.rollout, Keeper(store, Grading(config), run), player, EnginePool(members), run)
             await _serve_with(worker, state, stop)
     finally:
         beating.cancel()

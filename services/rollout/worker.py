@@ -25,13 +25,13 @@ import time
 from typing import NamedTuple
 
 from services.contract.config import RolloutConfig
-from services.contract.groups import GroupStore, Lease
+from services.contract.groups import Lease
 from services.contract.messages import PromptGroup, Trajectory
 from services.contract.store import RedisAway
 from services.rollout.engines import EnginePool
 from services.rollout.episode import Player, play_episode
 from services.rollout.failures import EngineError, InfrastructureError
-from services.rollout.grading import Grading
+from services.rollout.keeper import Keeper
 from services.rollout.statistics import Statistics
 from services.rollout.tasks import RunInThread, to_the_end
 from services.rollout.tokens import prompt_ids
@@ -58,14 +58,13 @@ class Worker:
         self,
         name: str,
         config: RolloutConfig,
-        store: GroupStore,
-        grading: Grading,
+        keeper: Keeper,
         player: Player,
         engines: EnginePool,
         run: RunInThread,
     ) -> None:
         """`player` is what all episodes share; its `generate` is replaced by that of each episode's seat at an engine."""
-        self.name, self.config, self.store, self.grading, self.player = name, config, store, grading, player
+        self.name, self.config, self.store, self.keeper, self.player = name, config, keeper.store, keeper, player
         self.engines, self._run = engines, run
         self.statistics = Statistics()
         self._playing: dict[bytes, Playing] = {}
@@ -140,8 +139,8 @@ class Worker:
         group = lease.group
         missing = await self._run(self.store.missing_samples, group)
         stored = [name for sample, name in enumerate(group.trajectory_ids()) if sample not in missing]
-        for name in stored:  # its worker may have died before it could ask
-            await self._run(self.grading.request, name)
+        if stored:  # its worker may have died before it could ask
+            await self._run(self.keeper.grading.request, stored)
         if not missing:
             return True
         if not await self.engines.can_play(group.issued_version):
@@ -170,13 +169,8 @@ class Worker:
                 failures.append(error)
                 return
         trajectory.worker, trajectory.engine = self.name, seat.member.name
-        await to_the_end(self._run(self._keep, trajectory, lease))
+        await to_the_end(self.keeper.keep(trajectory, lease))
         self.statistics.count(trajectory)
-
-    def _keep(self, trajectory: Trajectory, lease: Lease) -> None:
-        """In a thread. Stored first: a grader that finds nothing has nothing to do."""
-        self.store.store(trajectory, lease)
-        self.grading.request(trajectory.id)
 
     async def _late(self, lease: Lease) -> None:
         """The group's deadline has passed."""
@@ -196,8 +190,7 @@ class Worker:
         if (stored := group.samples - len(missing)) < LEAST_OF_A_GROUP:
             return None
         ids = prompt_ids(group, self.player.codec, self.player.context)
-        for sample in missing:
-            self._keep(failed_sample(group, sample, ids), lease)
+        self.keeper.keep_now([(failed_sample(group, sample, ids), lease) for sample in missing])
         return stored if self.store.finish(lease) else None
 
     async def _fail(self, lease: Lease, reason: str) -> None:

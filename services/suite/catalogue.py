@@ -11,13 +11,14 @@ import heapq
 import os
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from services.contract.config import Config
-from services.contract.messages import GradedNotice, Trajectory, decode_trajectory
+from services.contract.messages import GradedNotice, Trajectory, read_trajectory
 from services.contract.store import Keys
 from services.suite.episodes import Episode, TranscriptRow, from_trajectory, from_transcript
 from services.suite.redis_address import hasty_client
@@ -49,9 +50,9 @@ class RedisShelf:
 
     def load(self, trajectory_id: str) -> Trajectory | None:
         """Raises NotFound when it cannot be read."""
-        body = self.client.get(self.keys.trajectory(trajectory_id))
+        body, reward = self.client.mget(self.keys.trajectory(trajectory_id), self.keys.reward(trajectory_id))
         try:
-            return decode_trajectory(body) if body else None
+            return read_trajectory(body, reward) if body else None
         except (msgspec.DecodeError, ValueError) as error:
             raise NotFound(f"{trajectory_id} is in {self.place}, but this version of forage cannot read it: {error}") from None
 
@@ -63,8 +64,10 @@ class RedisShelf:
         graded = [notice.trajectory_id for notice in notices if notice]
         stored = set(self.ids())
         order = [*sorted(stored - set(graded)), *(i for i in graded if i in stored)][:count]
-        bodies = self.client.mget([self.keys.trajectory(i) for i in order]) if order else []
-        found = [records.read(decode_trajectory, body) for body in bodies if body]
+        names = [name(i) for i in order for name in (self.keys.trajectory, self.keys.reward)]
+        bodies = self.client.mget(names) if names else []
+        pairs = zip(bodies[::2], bodies[1::2], strict=True)
+        found = [records.read(partial(read_trajectory, reward=reward), body) for body, reward in pairs if body]
         return [from_trajectory(trajectory, self.place) for trajectory in found if trajectory]
 
 

@@ -13,10 +13,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from services.contract.config import RedisConfig
 from services.contract.grading_tries import GradingTries
 from services.contract.groups import GroupStore
-from services.contract.messages import decode_trajectory
+from services.contract.messages import Reward
 from services.contract.store import RedisAway, connect
 from tests.conftest import RedisServer
-from tests.factories import make_group, make_trajectory
+from tests.factories import grade, make_group, make_trajectory
 
 
 @pytest.fixture
@@ -103,17 +103,15 @@ def test_missing_samples_are_those_not_stored(store: GroupStore) -> None:
 
 def test_grading_twice_announces_once(store: GroupStore) -> None:
     store.store(make_trajectory())
-    trajectory = store.load("t0/0")
-    assert store.grade(trajectory, 1.0, {"exact_match": 1.0})
-    assert not store.grade(trajectory, 0.0, {})
-    assert not store.grade(store.load("t0/0"), 0.0, {})
+    assert grade(store, "t0/0", 1.0, exact_match=1.0)
+    assert not grade(store, "t0/0", 0.0)
     assert [g.notice.reward for g in store.read_graded(10, 10)] == [1.0]
     assert store.load("t0/0").reward_parts == {"exact_match": 1.0}
 
 
 def test_a_finished_group_with_a_sample_that_cannot_be_graded_is_buried_with_its_reason(store: GroupStore) -> None:
     play(store)
-    store.grade(store.load("t0/0"), 1.0, {})
+    grade(store, "t0/0")
     tries = GradingTries(store.client, "test")
     attempt = tries.begin("t0/1", 3)
     assert attempt and tries.bury(attempt, "no such judge", 3)
@@ -132,17 +130,28 @@ def test_tries_to_grade_are_counted_until_there_are_none_left_and_forgotten_with
     begun += [tries.begin("t0/0", 2) for _ in range(2)]
     assert [(b.number, b.last_reason) for b in begun] == [(1, ""), (2, ""), (3, "no such judge"), (3, "no such judge")]
     assert store.client.ttl(store.keys.grading("t0/0")) > 3600, "what is never graded is forgotten some day"
-    store.grade(store.load("t0/0"), 1.0, {})
+    grade(store, "t0/0")
     assert not store.client.keys("*grading:*")
-    assert tries.begin("nobody/0", 2) is None
+    assert tries.begin("t0/0", 2) == "graded_before"
+    assert tries.begin("nobody/0", 2) == "gone"
 
 
 def test_grading_what_was_released_does_nothing(store: GroupStore) -> None:
     play(store)
-    trajectory = store.load("t0/0")
+    body = store.client.get(store.keys.trajectory("t0/0"))
     store.release("t0", ["t0/0", "t0/1"], [])
-    assert not store.grade(trajectory, 1.0, {})
+    assert not store.grade("t0/0", body, Reward(1.0, {}))
     assert store.load("t0/0") is None
+
+
+def test_the_reward_of_a_former_life_is_not_given_to_a_group_that_was_fed_again(store: GroupStore) -> None:
+    play(store)
+    body = store.client.get(store.keys.trajectory("t0/0"))
+    store.release("t0", ["t0/0", "t0/1"], [])
+    store.feed(make_group())
+    store.store(make_trajectory(answer="Lyon"))
+    assert not store.grade("t0/0", body, Reward(1.0, {}))
+    assert store.load("t0/0").reward is None
 
 
 def test_a_group_is_tried_again_then_buried_with_its_reason(store: GroupStore) -> None:
@@ -181,7 +190,7 @@ def test_a_refresh_does_not_take_back_what_another_has_claimed(store: GroupStore
 
 def test_an_unacknowledged_notice_is_read_again_by_the_next_trainer(store: GroupStore) -> None:
     play(store)
-    store.grade(store.load("t0/0"), 1.0, {})
+    grade(store, "t0/0")
     (notice,) = store.read_graded(10, 10)
     assert store.read_graded(10, 10) == []
     assert store.read_graded(10, 10, pending_after=b"0") == [notice]
@@ -194,7 +203,7 @@ def test_releasing_twice_counts_once_and_leaves_no_key(store: GroupStore) -> Non
     assert store.release("t0", ["t0/0", "t0/1"], [])
     assert not store.release("t0", ["t0/0", "t0/1"], [])
     assert store.accounts().released == 1
-    assert not list(store.client.keys("*trajectory*"))
+    assert not list(store.client.keys("*t0/*"))
 
 
 @pytest.mark.parametrize("collected", [True, False])
@@ -202,7 +211,7 @@ def test_a_group_released_before_its_worker_finishes_stays_released(store: Group
     store.feed(make_group(samples=1))
     (lease,) = store.lease("worker", 1, 10)
     store.store(make_trajectory())
-    store.grade(store.load("t0/0"), 1.0, {})
+    grade(store, "t0/0")
     if collected:
         store.mark_collected("t0")
         store.accounts().check()
@@ -285,7 +294,7 @@ class Accounting(RuleBasedStateMachine):
         for key in self.store.client.keys("*trajectory*"):
             trajectory = self.store.load(key.decode().split("trajectory:")[1])
             if trajectory.reward is None:
-                self.store.grade(trajectory, 1.0, {})
+                grade(self.store, trajectory.id)
                 return
 
     @rule(pick=st.integers(0, 9))
@@ -293,8 +302,8 @@ class Accounting(RuleBasedStateMachine):
         tries, keys = GradingTries(self.store.client, "test"), sorted(self.store.client.keys("*trajectory*"))
         if keys:
             attempt = tries.begin(keys[pick % len(keys)].decode().split("trajectory:")[1], 3)
-            assert attempt
-            if decode_trajectory(attempt.body).reward is None:
+            assert attempt != "gone"
+            if attempt != "graded_before":
                 tries.bury(attempt, "x", attempt.number)
 
     @rule()

@@ -13,7 +13,7 @@ from services.contract.grading import send_for_grading
 from services.contract.groups import GroupStore
 from services.reward.metrics import Metrics
 from services.reward.task import KILLED, Grader, TryFailed
-from tests.factories import make_group, make_trajectory
+from tests.factories import grade, make_group, make_trajectory
 from tests.reward.conftest import Bench, GradingWorker, wait_until
 
 REWARDS = '''
@@ -181,7 +181,7 @@ def test_what_was_graded_meanwhile_is_not_buried(store: GroupStore, grader: Grad
     store.store(make_trajectory("t0"))
     store.finish(lease)
     slow = grader.tries.begin("t0/0", 2)
-    assert slow and store.grade(store.load("t0/0"), 1.0, {})  # pyright: ignore[reportArgumentType]
+    assert slow and grade(store, "t0/0")
     assert not grader.tries.bury(slow, "too late", 2)
     assert store.accounts().graded_waiting == 1 and store.read_dead() == []
 

@@ -12,7 +12,7 @@ from services.contract.grading import grading_app, grading_queue
 from services.contract.groups import GroupStore
 from services.reward import sweep
 from services.reward.sweep import Sweep
-from tests.factories import make_group, make_trajectory
+from tests.factories import grade, make_group, make_trajectory
 from tests.reward.conftest import wait_until
 
 
@@ -30,13 +30,13 @@ def test_only_overdue_trajectories_of_finished_groups_are_sent_again_and_once(re
         store.store(make_trajectory("t0", sample))
     store.store(make_trajectory("t1", 0))  # still being played
     store.finish(first)
-    store.grade(store.load("t0/0"), 1.0, {})
+    grade(store, "t0/0")
     looks = Sweep(grading_app(config), config)
     assert store.ungraded() == ["t0/1"]
     assert [looks.sweep(store) for _ in range(4)] == [0, 1, 0, 0]
     broker = redis.Redis(port=int(config.redis.url.rsplit(":")[-1].split("/")[0]), db=config.reward.database)
     assert broker.llen(grading_queue("test")) == 1
-    store.grade(store.load("t0/1"), 1.0, {})
+    grade(store, "t0/1")
     assert store.ungraded() == []
 
 

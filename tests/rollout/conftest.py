@@ -22,6 +22,7 @@ from services.rollout.engine_process import usable_context
 from services.rollout.engines import EnginePool, Member
 from services.rollout.episode import Generate, Player
 from services.rollout.grading import Grading
+from services.rollout.keeper import Keeper
 from services.rollout.own_engine import OwnEngine
 from services.rollout.policy_watcher import PolicyWatcher, VersionFiles
 from services.rollout.retrieval import Retriever
@@ -116,7 +117,8 @@ class Bench:
         members = [Member(engine, watcher, config.rollout)]  # type: ignore[arg-type]
         async with Retriever(config.retriever.url, config.rollout) as retriever:
             player = Player(self.engine.generate, retriever.retrieve, Codec.load(self.model), usable_context(config))
-            worker = Worker(name, config.rollout, self.store, Grading(config), player, EnginePool(members), run_in(pool))
+            keeper = Keeper(self.store, Grading(config), run_in(pool))
+            worker = Worker(name, config.rollout, keeper, player, EnginePool(members), run_in(pool))
             await watcher.serves(int(await self.engine.reported_version()))
             stop = asyncio.Event()
             worker.stop = stop  # type: ignore[attr-defined]

@@ -33,9 +33,9 @@ def hold_before_task() -> None:
 
     request = Grading.request
 
-    def held(self: Grading, trajectory_id: str) -> None:
+    def held(self: Grading, trajectory_ids: list[str]) -> None:
         hold("before_task")
-        request(self, trajectory_id)
+        request(self, trajectory_ids)
 
     Grading.request = held
 

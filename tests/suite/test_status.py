@@ -25,7 +25,7 @@ from services.suite.redis_address import address_file, with_address
 from services.suite.speed import BODIES, WINDOW_S, Finished, speed
 from services.suite.status import Watch
 from tests.conftest import RedisServer
-from tests.factories import make_group, make_trajectory
+from tests.factories import grade, make_group, make_trajectory
 from tests.suite.conftest import configure
 
 
@@ -43,7 +43,7 @@ def play(store: GroupStore, group_id: str, graded: int = 2, worker: str = "w1") 
         trajectory = make_trajectory(group_id, sample, worker=worker)
         store.store(trajectory)
         if sample < graded:
-            store.grade(trajectory, 1.0, {"exact_match": 1.0})
+            grade(store, trajectory.id, 1.0, exact_match=1.0)
     store.finish(lease)
 
 

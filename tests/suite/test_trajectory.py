@@ -20,7 +20,7 @@ from services.suite.catalogue import COMPARED, NotFound, near, resolve
 from services.suite.trajectory import find
 from services.trainer.collect import CompleteGroup
 from services.trainer.transcripts import write_transcripts
-from tests.factories import make_group, make_trajectory
+from tests.factories import grade, make_group, make_trajectory
 from tests.suite.conftest import configure
 
 
@@ -28,7 +28,7 @@ def put(store: GroupStore, *trajectories: Trajectory, reward: float | None = 1.0
     for trajectory in trajectories:
         store.store(trajectory)
         if reward is not None:
-            store.grade(trajectory, reward, {"exact_match": reward})
+            grade(store, trajectory.id, reward, exact_match=reward)
 
 
 def write(config: Config, name: str, *trajectories: Trajectory, age_s: float = 0.0) -> Path:

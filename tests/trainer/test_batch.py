@@ -18,7 +18,7 @@ from services.trainer.batch import Batches
 from services.trainer.collect import Collector, CollectTimeout
 from services.trainer.ledger import Ledger
 from services.trainer.questions import TrainingOrder
-from tests.factories import make_trajectory
+from tests.factories import grade, make_trajectory
 
 GROUPS, SAMPLES = 3, 2
 
@@ -43,7 +43,7 @@ def play_all(store: GroupStore, version: int, samples: int = SAMPLES, equal: Con
         for sample in range(samples):
             store.store(make_trajectory(lease.group.group_id, sample, versions=(version,)))
             reward = 0.0 if int(lease.group.group_id[1:]) in equal else float(sample)
-            store.grade(store.load(f"{lease.group.group_id}/{sample}"), reward, {})
+            grade(store, f"{lease.group.group_id}/{sample}", reward)
         if samples == SAMPLES:
             store.finish(lease)
     return leases
@@ -101,7 +101,7 @@ def test_a_group_that_the_graders_gave_up_is_replaced_and_what_was_graded_of_it_
     first, *others = store.lease("worker", 100, 10)
     for sample in range(SAMPLES):
         store.store(make_trajectory(first.group.group_id, sample))
-    store.grade(store.load("t00000000/0"), 1.0, {})
+    grade(store, "t00000000/0")
     store.finish(first)
     tries = GradingTries(store.client, "test")
     tries.bury(tries.begin("t00000000/1", 1), "no such judge", 1)

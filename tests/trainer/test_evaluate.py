@@ -17,7 +17,7 @@ from services.contract.messages import Question
 from services.trainer.collect import Collector
 from services.trainer.evaluate import Evaluator
 from services.trainer.ledger import Evaluation
-from tests.factories import make_trajectory
+from tests.factories import grade, make_trajectory
 
 PARTS = {"exact_match": 0.0, "sub_match": 1.0, "f1": 0.5, "format": 1.0}
 
@@ -31,8 +31,7 @@ def play(store: GroupStore) -> None:
         store.store(make_trajectory(lease.group.group_id))
         assert store.finish(lease)
     first, second = (lease.group.group_id for lease in leases)
-    trajectory = store.load(f"{first}/0")
-    assert trajectory and store.grade(trajectory, 1.0, PARTS)
+    assert grade(store, f"{first}/0", 1.0, **PARTS)
     tries = GradingTries(store.client, "test")
     attempt = tries.begin(f"{second}/0", 1)
     assert attempt and tries.bury(attempt, "no such judge", 1)
