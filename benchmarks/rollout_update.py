@@ -1,6 +1,6 @@
 """In-place updates of real SGLang against drained ones: tokens under the same load and the same number of updates.
 
-Long turns run all the time; the policy changes every few seconds. An update is all of it: the version written and synced, its
+Turns of different lengths run all the time; the policy changes every dozen seconds. An update is all of it: the version written and synced, its
 digests checked, the engine paused, loaded and resumed. The pause is the part in which the engine decodes nothing.
 """
 
@@ -17,8 +17,8 @@ from services.contract import weights
 from services.contract.messages import Sampling
 from services.rollout.own_engine import OwnEngine
 
-CONCURRENCY, TURN_TOKENS = 16, 512
-EVERY_S, UPDATES, ROUNDS = 6.0, 4, 2
+CONCURRENCY, TURN_TOKENS = 16, 64
+EVERY_S, UPDATES, ROUNDS = 12.0, 4, 2
 
 
 async def run_update(parts: Parts, rounds: int) -> None:

@@ -20,9 +20,9 @@ is played only by engines that serve the version that the group was issued for, 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
-from typing import NamedTuple
 
 from services.contract.config import RolloutConfig
 from services.contract.groups import Lease
@@ -46,9 +46,12 @@ GOODBYE_S = 5.0
 """Time to hand groups back; a Redis that is away must not hold up the shutdown."""
 
 
-class Playing(NamedTuple):
+@dataclasses.dataclass
+class Playing:
     lease: Lease
     task: asyncio.Task[None]
+    unfinished: int
+    """Samples that still need a seat or have one: the others leave room for the next group."""
 
 
 class Worker:
@@ -84,8 +87,8 @@ class Worker:
                 self._begin(lease)
 
     def _may_take(self) -> bool:
-        promised = sum(playing.lease.group.samples for playing in self._playing.values())
-        return self.engines.caught_up and promised < self.engines.room
+        unfinished = sum(playing.unfinished for playing in self._playing.values())
+        return self.engines.caught_up and unfinished < self.engines.room
 
     async def _abandoned(self) -> list[Lease]:
         """A group of a silent worker, looked for a few times per lease period, and at once again while there are more."""
@@ -103,7 +106,7 @@ class Worker:
 
     def _begin(self, lease: Lease) -> None:
         task = asyncio.create_task(self._play_group(lease), name=lease.group.group_id)
-        self._playing[lease.entry_id] = Playing(lease, task)
+        self._playing[lease.entry_id] = Playing(lease, task, lease.group.samples)
         task.add_done_callback(lambda task: self._ended(lease, task))
 
     def _ended(self, lease: Lease, task: asyncio.Task[None]) -> None:
@@ -138,6 +141,7 @@ class Worker:
         """Play what is not stored yet. False: no engine can be brought to the group's policy version for now."""
         group = lease.group
         missing = await self._run(self.store.missing_samples, group)
+        self._playing[lease.entry_id].unfinished = len(missing)
         stored = [name for sample, name in enumerate(group.trajectory_ids()) if sample not in missing]
         if stored:  # its worker may have died before it could ask
             await self._run(self.keeper.grading.request, stored)
@@ -168,6 +172,8 @@ class Worker:
             except InfrastructureError as error:
                 failures.append(error)
                 return
+            finally:
+                self._playing[lease.entry_id].unfinished -= 1
         trajectory.worker, trajectory.engine = self.name, seat.member.name
         await to_the_end(self.keeper.keep(trajectory, lease))
         self.statistics.count(trajectory)
