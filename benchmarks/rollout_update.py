@@ -1,7 +1,7 @@
 """In-place updates of real SGLang against drained ones: tokens under the same load and the same number of updates.
 
-Turns of different lengths run all the time; the policy changes every dozen seconds. An update is all of it: the version written and synced, its
-digests checked, the engine paused, loaded and resumed. The pause is the part in which the engine decodes nothing.
+Turns of different lengths run all the time; the policy changes every dozen seconds. An update is all of it: the version written
+and synced, its digests checked, the engine paused, loaded and resumed. In the pause the engine decodes nothing.
 """
 
 from __future__ import annotations
