@@ -127,7 +127,8 @@ class Trajectory(msgspec.Struct, omit_defaults=True):
     spans: list[Span]
     status: Status
     stop_reason: str
-    """answered, no_answer, invalid_limit, length, context, deadline, aborted (see services/rollout/episode.py)."""
+    """answered, no_answer, invalid_limit, length, context, deadline, aborted (see services/rollout/episode.py); or late: the
+    sample of a group that was released without it (see services/rollout/worker.py)."""
     temperature: float
     prompt_text: str = ""
     """`prompt_ids` as text, special tokens included."""

@@ -258,6 +258,25 @@ async def test_episodes_in_flight_stay_within_the_concurrency(bench: Bench, retr
     assert 3 <= most <= 4
 
 
+async def test_one_long_episode_does_not_keep_the_next_group_waiting(bench: Bench) -> None:
+    calls: list[int] = []
+    go_on = asyncio.Event()
+
+    async def first_hangs(input_ids: list[int], sampling: Sampling, limit: int) -> Generation:
+        calls.append(1)
+        if len(calls) == 1:
+            await go_on.wait()
+        return await bench.engine.generate(input_ids, sampling, limit)
+
+    for name in ("a", "b"):
+        bench.store.feed(group(name, 2, temperature=0.0))
+    async with bench.worker(generate=first_hangs, concurrency=2):
+        await bench.until(lambda: bench.store.accounts().finished == 1)
+        assert len(stored(bench, group("a", 2))) == 1 and len(stored(bench, group("b", 2))) == 2
+        go_on.set()
+        await bench.until(lambda: bench.store.accounts().finished == 2)
+
+
 async def test_a_drained_worker_finishes_what_it_can_and_hands_back_the_rest(bench: Bench, retriever: StandInRetriever) -> None:
     retriever.delay_s = 1.0
     bench.store.feed(group("quick", 1, temperature=0.0))
