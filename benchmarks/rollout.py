@@ -2,7 +2,7 @@
 
     python -m benchmarks.rollout cpu      worker CPU per trajectory, engine and retriever simulated; JSON and msgpack shown
     python -m benchmarks.rollout flight   a thousand episodes in flight on one worker, against the simulated engine's own rate
-    python -m benchmarks.rollout engine   tokens/s with real SGLang, against a bare client that sends the same token sequences
+    python -m benchmarks.rollout engine   tokens/s with real SGLang, against a bare client that has the same lengths sampled
     python -m benchmarks.rollout update   in-place updates of real SGLang against drained ones, and the share of the pause
     python -m benchmarks.rollout overlap  staleness 1 and 4 against 0: real queue, feed and collect; simulated engine and learner
 
@@ -177,18 +177,23 @@ async def run_engine(parts: Parts, groups: int) -> None:
 
 
 async def replay(url: str, played: list[Trajectory], concurrency: int) -> float:
-    """Seconds to have the same sequences sampled again, turn by turn, with as many requests under way."""
+    """Seconds to have sequences of the same lengths sampled, turn by turn, with as many requests under way.
+
+    Each turn goes on from what the engine itself wrote before, as an episode does, so that both find the same prefixes cached.
+    """
     slots = asyncio.Semaphore(concurrency)
 
     async def one(session: aiohttp.ClientSession, trajectory: Trajectory) -> None:
+        ids = list(trajectory.prompt_ids)
         async with slots:
             for span in trajectory.spans:
-                if span.kind == "model":
-                    params = {"max_new_tokens": span.end - span.start, "ignore_eos": True, "temperature": 1.0}
-                    ids = trajectory.prompt_ids + trajectory.response_ids[: span.start]
-                    body = {"input_ids": ids, "sampling_params": params, "return_logprob": True}
-                    async with session.post(f"{url}/generate", json=body) as answer:
-                        await answer.read()
+                if span.kind == "observation":
+                    ids += trajectory.response_ids[span.start : span.end]
+                    continue
+                params = {"max_new_tokens": span.end - span.start, "ignore_eos": True, "temperature": 1.0}
+                body = {"input_ids": ids, "sampling_params": params, "return_logprob": True}
+                async with session.post(f"{url}/generate", json=body) as answer:
+                    ids = ids + (await answer.json())["output_ids"]
 
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
         async with session.post(f"{url}/flush_cache"):
