@@ -164,16 +164,24 @@ async def run_engine(parts: Parts, groups: int) -> None:
     async with worker(config, board):
         for part in range(3):
             sent = [make_group(1000 * part + index, SAMPLES, prompt, max_turn_tokens=64, topk=2) for index in range(count)]
+            url = f"http://127.0.0.1:{port}"
+            await forget_prefixes(url)
             clock = Clock()
             await play(store, sent)
             seconds, played = clock.wall, trajectories(store, sent)
             tokens = sum(sum(t.loss_mask) for t in played)
-            bare = await replay(f"http://127.0.0.1:{port}", played, 16)
+            await forget_prefixes(url)
+            bare = await replay(url, played, 16)
             if part:  # the first one warms everything
                 rates["worker"].append(tokens / seconds)
                 rates["bare"].append(tokens / bare)
             print(f"{tokens} tokens: worker {tokens / seconds:.0f}/s, bare client {tokens / bare:.0f}/s")
     print(f"worker {sum(rates['worker']) / sum(rates['bare']):.3f} x a bare asyncio client's tokens/s")
+
+
+async def forget_prefixes(url: str) -> None:
+    async with aiohttp.ClientSession() as session, session.post(f"{url}/flush_cache") as answer:
+        answer.raise_for_status()
 
 
 async def replay(url: str, played: list[Trajectory], concurrency: int) -> float:
@@ -196,8 +204,6 @@ async def replay(url: str, played: list[Trajectory], concurrency: int) -> float:
                     ids = ids + (await answer.json())["output_ids"]
 
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
-        async with session.post(f"{url}/flush_cache"):
-            pass
         clock = Clock()
         await asyncio.gather(*(one(session, trajectory) for trajectory in played))
         return clock.wall
