@@ -35,6 +35,15 @@ REFUSED = [
     ({"reject_level": "token", "reject_low": 2.0, "reject_high": 1.0}, "reject_low is above reject_high"),
     ({"veto": 1.5}, "less than 1"),
     ({"dynamic_sampling": True, "advantage": "reinforce_plus_plus"}, "dynamic_sampling would drop"),
+    ({"dynamic_sampling": True, "advantage": "gae"}, "dynamic_sampling would drop"),
+    ({"advantage": "gae", "gamma": 0.9}, "set gae_gamma instead"),
+    ({"gae_gamma": 0.9}, 'gae_gamma: there is a critic with advantage = "gae" only'),
+    ({"advantage": "rloo", "gae_lambda": 0.9, "gae_whiten": False}, "gae_lambda, gae_whiten: there is a critic"),
+    (
+        {"value_clip": 0.5, "critic_learning_rate": 1e-4, "critic_warmup_steps": 2},
+        "value_clip, critic_learning_rate, critic_warmup",
+    ),
+    ({"advantage": "gae", "value_clip": 0.0}, "greater than 0"),
     ({"overlong_tokens": 100}, "overlong_buffer go together"),
     ({"overlong_tokens": 100, "overlong_buffer": 200}, "at most as large"),
 ]
@@ -61,12 +70,33 @@ def test_all_contradictions_are_told_at_once() -> None:
         ({"schedule": "linear", "learning_rate": 1e-6, "min_learning_rate": 1e-5}, "above learning_rate"),
         ({"schedule": "cosine", "steps": 5, "warmup_steps": 5}, "leaves no step"),
         ({"objective": {"overlong_tokens": 5000, "overlong_buffer": 100}}, "out of reach"),
+        ({"samples_per_prompt": 1}, 'samples_per_prompt 1 leaves objective.advantage = "grpo" nothing to compare'),
+        (
+            {"objective": {"advantage": "gae", "critic_warmup_steps": 20}, "steps": 20},
+            "leaves no step of `steps` to train the policy",
+        ),
+        (
+            {"objective": {"advantage": "gae", "critic_warmup_steps": 3}, "schedule": "linear", "steps": 5, "warmup_steps": 2},
+            "leaves no step of `steps` to decay over",
+        ),
     ],
 )
 def test_contradictions_with_the_trainer_are_refused(trainer: dict[str, object], told: str) -> None:
     with pytest.raises(ValidationError) as caught:
         Config.model_validate({"trainer": trainer})
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("advantage", ["gae", "reinforce_plus_plus", "mine:halves"])
+def test_an_advantage_without_a_group_takes_single_samples(advantage: str) -> None:
+    config = Config.model_validate({"trainer": {"samples_per_prompt": 1, "objective": {"advantage": advantage}}})
+    assert config.trainer.samples_per_prompt == 1
+
+
+def test_sampling_from_less_than_the_distribution_is_refused_where_it_is_trained_on() -> None:
+    with pytest.raises(ValidationError, match="top_p 0.9 draws from less than the distribution that log-probs are of"):
+        Config.model_validate({"rollout": {"top_p": 0.9}})
+    assert Config.model_validate({"rollout": {"top_p": 0.9}, "trainer": {"steps": 0}}).rollout.top_p == 0.9
 
 
 @pytest.mark.parametrize(
@@ -156,7 +186,7 @@ def test_functions_that_cannot_be_used_stop_the_start(key: str, name: str, told:
     assert told in str(caught.value) and f'trainer.objective.{key} = "{name}"' in str(caught.value)
 
 
-@pytest.mark.parametrize("advantage", ["grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"])
+@pytest.mark.parametrize("advantage", ["grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae"])
 @pytest.mark.parametrize("loss", ["clipped", "gspo", "cispo"])
 def test_ours_pass_the_same_trial(advantage: str, loss: str) -> None:
     check_functions(ObjectiveConfig(advantage=advantage, loss=loss))
