@@ -56,6 +56,7 @@ def critic(config: Config, folder: Path, groups: list[CompleteGroup], scratch: P
     fresh.learn(groups, RATES[1])
     report |= {"weights": both.weights, "values": both.critic.values(rows), "checkpoint": checkpoint}
     report["resumed_equal"] = all(same(both.weights[name], fresh.weights[name]) for name in both.weights)
+    report["served_without"] = _served_without(Learner(config, folder), checkpoint, fresh)
     return report | _written(config, folder, rows, scratch, both.critic) | _refused(both, scratch)
 
 
@@ -71,6 +72,13 @@ def _alone(both: Both, groups: list[CompleteGroup]) -> dict[str, Any]:
     before = both.weights
     figures = both.learn(groups, (None, RATES[0][1]))
     return {"figures": figures, "moved": [name for name, tensors in both.weights.items() if not same(tensors, before[name])]}
+
+
+def _served_without(learner: Learner, checkpoint: Path, fresh: Both) -> bool:
+    """Whether a learner without a critic finds the same policy in a checkpoint as one with it."""
+    learner.load(checkpoint)
+    fresh.learner.load(checkpoint, fresh.critic)
+    return same(weights(learner), weights(fresh.learner))
 
 
 def _written(config: Config, folder: Path, rows: list[Row], scratch: Path, critic: Critic) -> dict[str, Any]:

@@ -73,6 +73,10 @@ def test_a_critic_is_read_from_the_folder_that_it_wrote(report: dict[str, Any]) 
     assert report["written_equal"]
 
 
+def test_a_checkpoint_with_a_critic_serves_a_run_without(report: dict[str, Any]) -> None:
+    assert report["served_without"]
+
+
 def test_a_checkpoint_without_a_critic_is_refused_for_one(report: dict[str, Any]) -> None:
     assert "has no critic: the steps before it were made without one" in report["refused"]
 

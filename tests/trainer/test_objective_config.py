@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,20 @@ def test_sampling_from_less_than_the_distribution_is_refused_where_it_is_trained
 )
 def test_log_probs_are_recomputed_only_where_they_are_needed(options: dict[str, object], recomputed: bool) -> None:
     assert ObjectiveConfig.model_validate(options).recomputes_logprobs == recomputed
+
+
+def documented() -> dict[str, str]:
+    """{key: default} of the table of every key."""
+    text = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text()
+    rows = [line.split("|")[1:3] for line in text.partition("## Every key")[2].partition("\n## ")[0].splitlines()]
+    return {cells[0].strip(" `"): cells[1].strip(" `") for cells in rows if len(cells) == 2 and "`" in cells[0]}
+
+
+def test_the_documentation_has_every_key_and_its_default() -> None:
+    shown = {None: "–", True: "true", False: "false"}
+    defaults = {name: field.default for name, field in ObjectiveConfig.model_fields.items()}
+    wanted = {name: shown[d] if d is None or isinstance(d, bool) else json.dumps(d) for name, d in defaults.items()}
+    assert documented() == wanted
 
 
 MODULE = """
