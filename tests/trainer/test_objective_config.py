@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,19 @@ def test_the_documentation_has_every_key_and_its_default() -> None:
     defaults = {name: field.default for name, field in ObjectiveConfig.model_fields.items()}
     wanted = {name: shown[d] if d is None or isinstance(d, bool) else json.dumps(d) for name, d in defaults.items()}
     assert documented() == wanted
+
+
+def recipes() -> dict[str, dict[str, object]]:
+    """{recipe: keys} of the documentation's table; a length that depends on the run is 100."""
+    text = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text().partition("## Recipes")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("|")][2:]
+    found = {name.strip(): tomllib.loads("\n".join(re.findall(r"`(\w+ = [^`]+)`", keys))) for name, keys in rows}
+    return {name: keys | ({"fixed_length": 100} if "fixed_length" in keys.values() else {}) for name, keys in found.items()}
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_the_documented_recipes_are_accepted(recipe: str) -> None:
+    check_functions(ObjectiveConfig.model_validate(recipes()[recipe]))
 
 
 MODULE = """
