@@ -76,6 +76,7 @@ def command_line(config: Config, model: str, version: int, port: int) -> list[st
 def environment(engine: EngineConfig) -> dict[str, str]:
     """The server's environment."""
     values = NO_CRASH_DUMPS | dict(os.environ) | {"FORAGE_ENGINE_PARENT": str(os.getpid())}
+    values.pop("SGLANG_RETURN_ORIGINAL_LOGPROB", None)  # log-probs without the temperature would not be those of the tokens
     if engine.device == "cpu":
         # waiting threads must sleep: spinning ones would take the core from the trainer on the same machine
         values |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": str(engine.threads), "OMP_WAIT_POLICY": "PASSIVE"}

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from services.contract.telemetry import format_seconds
 from services.trainer.collect import CompleteGroup
 from services.trainer.demonstrations import batches, demonstration_row, read_demonstrations
-from services.trainer.learning_rate import learning_rate, warmed_up
+from services.trainer.learning_rate import rates, warmed_up
 from services.trainer.ledger import STAGES, Stage
 from services.trainer.megatron.loss import SupervisedLoss
 from services.trainer.metrics import rollout_metrics, step_line
@@ -67,7 +67,6 @@ def warm_start(run: Run) -> None:
             run.checkpoint()
         run.check_stop()
     run.publish()
-    run.keep_reference()
 
 
 def evaluate_warm(run: Run) -> None:
@@ -76,9 +75,11 @@ def evaluate_warm(run: Run) -> None:
 
 
 def grpo(run: Run) -> None:
-    """Group-relative policy optimisation (Shao et al. 2024) and its kin (`trainer.objective`): a policy version a batch."""
+    """Group-relative policy optimisation (Shao et al. 2024) and its kin, PPO among them (`trainer.objective`): a policy version a
+    batch."""
     settings = run.config.trainer
     run.load_reference()
+    run.begin_critic()
     while run.ledger.step < settings.steps:
         begun = time.monotonic()
         groups = run.next_batch()
@@ -96,12 +97,10 @@ def grpo(run: Run) -> None:
 def learn(run: Run, groups: list[CompleteGroup]) -> dict[str, float]:
     """The optimizer steps on a batch of groups; returns the learner's figures."""
     settings, step = run.config.trainer, run.ledger.step + 1
-    rate = learning_rate(
-        step, settings.steps, settings.learning_rate, settings.warmup_steps, settings.schedule, settings.min_learning_rate
-    )
-    stats = update(run.learner, groups, settings.objective, rate, seed=f"{run.config.run.seed}/{step}")
+    at = rates(step, settings)
+    stats = update(run.learner, groups, settings.objective, at, f"{run.config.run.seed}/{step}", run.critic)
     run.consume(groups, step)
-    return stats | {"learning_rate": rate}
+    return stats | at.figures
 
 
 def record_step(run: Run, groups: list[CompleteGroup], row: dict[str, float]) -> None:

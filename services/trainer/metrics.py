@@ -80,6 +80,13 @@ class Journal:
         temporary.replace(self.path)
 
 
+def _critic(row: dict[str, float]) -> str:
+    if "value_loss" not in row:
+        return ""
+    explained = f" explains {row['explained_variance']:.0%}" if "explained_variance" in row else ""
+    return f"critic {row['value_loss']:.4f}{explained}  "
+
+
 def _rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
@@ -90,7 +97,7 @@ def step_line(step: int, steps: int, row: dict[str, float]) -> str:
         f"step {step}/{steps}  reward {row['reward']:.3f}  EM {row['exact_match']:.3f}  format {row['format']:.2f}  "
         f"searches {row['searches']:.2f}  tokens {row['response_tokens']:.0f}  "
         f"engine KL {row['mismatch_k3']:.1e} (|Δ| {row['mismatch_abs']:.1e})  stale {row['staleness']:.1f}  "
-        f"no-variance {row['zero_variance_groups']:.0%}  grad {row['grad_norm']:.2f}  | "
+        f"no-variance {row['zero_variance_groups']:.0%}  grad {row['grad_norm']:.2f}  {_critic(row)}| "
         f"rollout {row['rollout_s']:.0f} s, train {row['train_s']:.0f} s, publish {row['publish_s']:.1f} s  "
         f"{row['tokens_per_s']:.0f} tok/s"
     )

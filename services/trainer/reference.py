@@ -2,7 +2,9 @@
 
 | what happens                            | which reference a resumed run finds                                          |
 |-----------------------------------------|------------------------------------------------------------------------------|
-| nothing refreshed yet                   | `reference`, written after the warm start; without one the starting model    |
+| no step of GRPO yet                     | `reference`, written (again) as GRPO begins; without a warm start the starting model |
+| steps, nothing refreshed yet            | the same                                                                     |
+| kl_coef was 0 when GRPO began           | none after a warm start: what GRPO began with is gone, so the run is refused |
 | crash after the folder, before the checkpoint | the one before: the ledger does not know the new one, which is written again |
 | refreshed and checkpointed              | the one that the checkpoint's ledger names                                   |
 | the newest checkpoint is damaged        | that of the one before it; as many are kept as there are checkpoints, and one |
@@ -25,14 +27,21 @@ def refresh_is_due(step: int, reference_step: int, every: int) -> bool:
     return every > 0 and step - reference_step >= every
 
 
-def kept_reference(run_folder: Path, step: int, starting_model: Path) -> Path:
-    """The folder to load. Raises ConfigError when a refreshed reference is gone."""
+def kept_reference(run_folder: Path, step: int, started_from: Path | None) -> Path:
+    """The folder to load. started_from: the starting model when GRPO began with it; None after a warm start.
+
+    Raises ConfigError when the reference is gone, or was never kept.
+    """
     folder = reference_folder(run_folder, step)
     if folder.exists():
         return folder
-    if step:
-        raise ConfigError(f"the reference policy {folder} is gone: put it back, or start the run under another run.name")
-    return starting_model
+    if step == 0 and started_from is not None:
+        return started_from
+    never = ", or was never kept because trainer.objective.kl_coef was 0 when GRPO began" if step == 0 else ""
+    raise ConfigError(
+        f"the reference policy {folder} is gone{never}: put that policy there as a Hugging Face folder, "
+        "set kl_coef = 0, or start the run under another run.name"
+    )
 
 
 def forget_references(run_folder: Path, keep: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from services.contract.config import ObjectiveConfig
 from services.trainer.collect import CompleteGroup
 from services.trainer.megatron.batching import Row
-from services.trainer.objective.advantages import RolloutBatch
+from services.trainer.objective.advantages import RolloutBatch, gae_returns
 from services.trainer.objective.corrections import correct, mean_weight
 from services.trainer.objective.functions import advantages_of
 from services.trainer.objective.kl import kl_estimate
@@ -19,7 +19,12 @@ from services.trainer.objective.packed import rollout_index
 from services.trainer.shaping import shaped_rewards
 
 if TYPE_CHECKING:
+    from services.trainer.megatron.critic import Critic
     from services.trainer.megatron.learner import Learner
+
+
+ROUNDING = 1e-12
+"""Returns that vary by less are equal but for the sums that they were made by."""
 
 
 def policy_rows(groups: list[CompleteGroup]) -> list[Row]:
@@ -55,16 +60,30 @@ def with_logprobs(rows: list[Row], learner: Learner, o: ObjectiveConfig) -> list
     return rows
 
 
+def with_old_values(rows: list[Row], critic: Critic) -> list[Row]:
+    """The rows with what the critic expects at each token, before it learns from them."""
+    return [_with_values(row, old_values=values) for row, values in zip(rows, critic.values(rows), strict=True)]
+
+
 def with_advantages(rows: list[Row], groups: list[CompleteGroup], o: ObjectiveConfig) -> list[Row]:
-    """The rows with their advantages. Rows are in the order of the groups' trajectories."""
+    """The rows with their advantages, and with the critic's `returns` if there is one. Rows are in the order of the groups'
+    trajectories."""
+    batch = _rollout_batch(rows, groups, o)
+    if o.has_critic:
+        rows = [_with_values(row, returns=returns) for row, returns in zip(rows, gae_returns(batch, o), strict=True)]
+    found = advantages_of(batch, o)
+    if not any(values.dim() for values in found):
+        return [replace(row, advantage=values.item()) for row, values in zip(rows, found, strict=True)]
+    per_token = [torch.where(mask, values, 0.0).tolist() for mask, values in zip(batch.masks, found, strict=True)]
+    return [_with_values(row, advantages=values) for row, values in zip(rows, per_token, strict=True)]
+
+
+def _rollout_batch(rows: list[Row], groups: list[CompleteGroup], o: ObjectiveConfig) -> RolloutBatch:
     rewards = torch.tensor([shaped_rewards(group, o) for group in groups], dtype=torch.float64)
     masks = [torch.tensor(row.loss_mask, dtype=torch.bool) for row in rows]
     kl = [_kl(row, mask, o) for row, mask in zip(rows, masks, strict=True)] if o.kl_in_reward else None
-    found = advantages_of(RolloutBatch(rewards, masks, kl), o)
-    if not any(values.dim() for values in found):
-        return [replace(row, advantage=values.item()) for row, values in zip(rows, found, strict=True)]
-    per_token = [torch.where(mask, values, 0.0).tolist() for mask, values in zip(masks, found, strict=True)]
-    return [_with_values(row, advantages=values) for row, values in zip(rows, per_token, strict=True)]
+    values = [torch.as_tensor(row.token_values["old_values"], dtype=torch.float64) for row in rows] if o.has_critic else None
+    return RolloutBatch(rewards, masks, kl, values)
 
 
 def whole_batch_mean_weight(rows: list[Row], o: ObjectiveConfig) -> float:
@@ -75,6 +94,23 @@ def whole_batch_mean_weight(rows: list[Row], o: ObjectiveConfig) -> float:
     engine = _at_model_tokens(rows, [row.engine_logprobs for row in rows])
     rollout = rollout_index([len(row.targets) for row in rows])
     return mean_weight(correct(old, engine, rollout, o).weights, rollout, o.importance_level)
+
+
+def critic_figures(rows: list[Row]) -> dict[str, float]:
+    """How well the critic foresaw the returns of the batch's model tokens, before it learned from them.
+
+    value_mean, returns_mean; explained_variance = 1 - Var(return - value) / Var(return): 1 is all, 0 no better than a constant,
+    absent where the returns do not differ.
+    """
+    values = _at_model_tokens(rows, [row.token_values["old_values"] for row in rows])
+    returns = _at_model_tokens(rows, [row.token_values["returns"] for row in rows])
+    if not len(returns):
+        return {}
+    figures = {"value_mean": float(values.mean()), "returns_mean": float(returns.mean())}
+    spread = float(returns.var(correction=0))
+    if spread > ROUNDING:
+        figures["explained_variance"] = 1 - float((returns - values).var(correction=0)) / spread
+    return figures
 
 
 def mismatch_figures(learner: Learner, rows: list[Row], sample: int = 4) -> dict[str, float]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from services.contract.codec import Codec
-from services.contract.config import Config
+from services.contract.config import Config, ConfigError
 from services.contract.groups import GroupStore
 from services.contract.policy import PolicyBoard
 from services.contract.store import connect
@@ -26,6 +26,7 @@ from services.trainer.batch import Batches
 from services.trainer.collect import Collector, CompleteGroup
 from services.trainer.evaluate import FIGURES, Evaluator
 from services.trainer.ledger import Checkpoints, Ledger
+from services.trainer.megatron.critic import Critic
 from services.trainer.megatron.learner import Learner
 from services.trainer.metrics import Journal
 from services.trainer.objective.functions import check_functions
@@ -79,6 +80,7 @@ class Run:
         self.stop.install()
         self.codec = Codec.load(config.model_path)
         self.learner = Learner(config, config.model_path)
+        self.critic: Critic | None = None
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.trainer.keep_checkpoints)
         self.ledger = self._restore()
         self.lead = Lead(config, self.ledger, self._alive_or_stop) if is_lead() else None
@@ -95,8 +97,10 @@ class Run:
         if found is None:
             return Ledger()
         path, ledger = found
+        if ledger.step:
+            self.begin_critic()  # also where GRPO is over: the next checkpoint must hold it
         if ledger.has_learned:
-            self.learner.load(path)
+            self.learner.load(path, self.critic)
         if ledger.reopen(self.config.trainer.steps):
             self.say(f"the run had ended at step {ledger.step}; trainer.steps is {self.config.trainer.steps} now, so it goes on")
         self.say(f"resumed from {path.name}: stage {ledger.stage}, warm start {ledger.warm_step}, step {ledger.step}")
@@ -107,7 +111,7 @@ class Run:
         scratch = self.checkpoints.folder / ".state"
         on_lead(lambda: _empty_folder(scratch))
         if self.ledger.has_learned:
-            self.learner.save(scratch)
+            self.learner.save(scratch, self.critic)
         on_lead(lambda: self._publish_checkpoint(scratch))
         self._unreleased.clear()
         self._saved = _progress(self.ledger)
@@ -151,15 +155,21 @@ class Run:
     def _write(self, folder: Path, tensors: Any) -> None:
         write_hf_folder(folder, self.config.model_path, tensors, self.config.weights.dtype)
 
-    def keep_reference(self) -> None:
-        """The policy that GRPO starts from is the one it is held close to; later versions replace it on the volume."""
-        if self.config.trainer.objective.kl_coef:
-            on_lead(lambda: self._copy_version(reference_folder(self.folder, 0)))
+    def begin_critic(self) -> None:
+        """PPO's critic begins as the policy does that GRPO starts from. Without one there is nothing to do."""
+        if self.config.trainer.objective.has_critic and self.critic is None:
+            self.critic = Critic(self.config, self.learner.policy)
 
     def load_reference(self) -> None:
-        if self.config.trainer.objective.kl_coef:
-            self.learner.reference = None  # its memory is free before the next one is loaded
-            self.learner.set_reference(kept_reference(self.folder, self.ledger.reference_step, self.config.model_path))
+        """The policy that GRPO starts from is the one it is held close to. After a warm start it is copied here: later versions
+        replace it on the volume."""
+        if not self.config.trainer.objective.kl_coef:
+            return
+        if self.ledger.warm_step and not self.ledger.step:
+            on_lead(lambda: self._copy_version(reference_folder(self.folder, 0)))
+        self.learner.reference = None  # its memory is free before the next one is loaded
+        started_from = None if self.ledger.warm_step else self.config.model_path
+        self.learner.set_reference(kept_reference(self.folder, self.ledger.reference_step, started_from))
 
     def refresh_reference(self) -> bool:
         """Make the present policy the reference if `reference_every` says so. Then a checkpoint must follow (see reference.py)."""
@@ -177,8 +187,12 @@ class Run:
         on_lead(lambda: self._copy_version(self.folder / "final"))
 
     def _copy_version(self, target: Path) -> None:
-        source = version_folder(self.config.weights_folder, self.ledger.version)
-        source = source if source.exists() else self.config.model_path
+        source = version_folder(self.config.weights_folder, self.ledger.version) if self.ledger.version else self.config.model_path
+        if not source.exists():
+            raise ConfigError(
+                f"policy version {self.ledger.version} is gone from {source}, and {target.name} must be a copy of it: "
+                "put it back, or start the trainer again, which publishes its weights anew"
+            )
         temporary = target.with_name(f".{target.name}")
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("manifest.json"))

@@ -56,7 +56,7 @@ def test_an_unknown_key_is_named(tmp_path: Path, text: str, key: str) -> None:
     [
         ('[trainer]\nsteps = "many"', "trainer.steps"),
         ("[trainer]\nsteps = 1.5", "trainer.steps"),
-        ("[trainer]\nsamples_per_prompt = 1", "trainer.samples_per_prompt"),
+        ("[trainer]\nsamples_per_prompt = 0", "trainer.samples_per_prompt"),
         ("[trainer]\nlearning_rate = 0", "trainer.learning_rate"),
         ("[retriever]\nport = 70000", "retriever.port"),
         ('[run]\nname = "a/b"', "run.name"),

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from services.contract.codec import Codec
+from services.contract.config.rollout import EngineConfig
 from services.rollout.engine import EngineLoad, EngineRefused
-from services.rollout.engine_process import command_line, usable_context
+from services.rollout.engine_process import command_line, environment, usable_context
 from services.rollout.failures import EngineError, EngineStartError
 from services.rollout.generation import ABORTED, Generation, read_answer
 from services.rollout.own_engine import OwnEngine
@@ -244,3 +245,10 @@ async def test_a_gpu_gets_no_cpu_options(tiny_model: Path, tmp_path: Path) -> No
     line = command_line(config, str(tiny_model), 3, 1234)
     assert "torch_native" not in line and "--disable-overlap-schedule" not in line
     assert line[line.index("--tp-size") + 1] == "2" and line[line.index("--weight-version") + 1] == "3"
+
+
+async def test_an_engine_of_ours_reports_log_probs_with_the_temperature_whatever_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SGLANG_RETURN_ORIGINAL_LOGPROB", "1")
+    assert "SGLANG_RETURN_ORIGINAL_LOGPROB" not in environment(EngineConfig())

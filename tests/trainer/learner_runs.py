@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tests.conftest import free_port
-from tests.trainer.tiny_models import row_values, save_tiny
+from tests.trainer.tiny_models import rewarded_rows, row_values, save_tiny
 
 LIMIT_S = 3000
 """Only for ranks that hang; what a test may take is the test runner's limit."""
@@ -30,6 +30,7 @@ def run_layout(
         "trainer": (trainer or {}) | {"processes": processes},
         "models": models,
         "rows": row_values(),
+        "rewarded": rewarded_rows(),
         "scratch": scratch,
     }
     torch.save(job, scratch / "job.pt")

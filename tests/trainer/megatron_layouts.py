@@ -11,7 +11,7 @@ from tests.trainer.learner_runs import run_layout
 LAYOUTS: dict[str, dict[str, Any]] = {
     "single": {
         "names": ["llama-tied", "qwen2-tied", "qwen3"],
-        "asked": {"models", "invariance", "options", "head", "errors"},
+        "asked": {"models", "invariance", "options", "head", "errors", "toy"},
     },
     "data-parallel": {"names": ["llama-tied"], "processes": 2, "asked": {"models", "invariance", "options", "crossed"}},
     "tensor-parallel": {
@@ -60,8 +60,9 @@ class Runs:
         if layout not in self.done:
             sources = [source for target, source in CROSSED if target == layout]
             foreign = {source: self[source]["resume"]["llama-tied"]["checkpoint"] for source in sources}
+            critics = {source: self[source]["critic"]["llama-tied"]["checkpoint"] for source in sources}
             scratch = self.factory.mktemp(layout)
-            self.done[layout] = scratch, run_layout(scratch, **LAYOUTS[layout], foreign=foreign)
+            self.done[layout] = scratch, run_layout(scratch, **LAYOUTS[layout], foreign=foreign, foreign_critics=critics)
         return self.done[layout][1]
 
     def folder(self, case: tuple[str, str]) -> Any:

@@ -18,6 +18,7 @@ import torch  # noqa: E402
 
 from services.contract.config import Config  # noqa: E402
 from services.trainer.collect import CompleteGroup  # noqa: E402
+from services.trainer.learning_rate import Rates  # noqa: E402
 from services.trainer.megatron import distributed  # noqa: E402
 from services.trainer.megatron.learner import Learner  # noqa: E402
 from services.trainer.update import update  # noqa: E402
@@ -27,7 +28,7 @@ def report(config: Config, model: Path, reference: Path, groups: list[CompleteGr
     learner = Learner(config, model)
     if config.trainer.objective.kl_coef:
         learner.set_reference(reference)
-    figures = update(learner, groups, config.trainer.objective, rate, seed="0/1")
+    figures = update(learner, groups, config.trainer.objective, Rates(rate), seed="0/1")
     with torch.no_grad():
         for parameter in learner.policy.parameters():
             parameter.copy_(parameter.main_grad)

@@ -73,17 +73,6 @@ class PlainCritic(torch.nn.Module):
         return self.score(hidden)[row["prompt_length"] - 1 : -1, 0]
 
 
-def returns_of(row: dict[str, Any]) -> list[float]:
-    """Something for a critic to learn: one number per response token."""
-    return [row["advantage"] + 0.1 * i for i in range(len(row["loss_mask"]))]
-
-
-def value_error(critic: PlainCritic, rows: list[dict[str, Any]]) -> Tensor:
-    masks = [torch.tensor(row["loss_mask"]).bool() for row in rows]
-    gaps = [(critic.values(row) - torch.tensor(returns_of(row)))[mask] for row, mask in zip(rows, masks, strict=True)]
-    return 0.5 * torch.cat(gaps).square().mean()
-
-
 def head_case() -> dict[str, Tensor]:
     """Hidden states and weights of a last layer, what is asked of it, and the coefficients of the gradient [2, n]."""
     draw = torch.Generator().manual_seed(3)
@@ -120,20 +109,27 @@ def saved_bytes(found: list[int]) -> Iterator[None]:
         yield
 
 
-def train(model: torch.nn.Module, make_loss: Any) -> list[dict[str, float]]:
-    """A clipped AdamW step for each learning rate; norms and biases do not decay."""
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    groups = [{"params": decayed}, {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]
-    betas = (TRAINER["beta1"], TRAINER["beta2"])
-    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=betas, eps=TRAINER["adam_eps"], weight_decay=TRAINER["weight_decay"])
-    steps = []
-    for learning_rate in LEARNING_RATES:
-        for group in optimizer.param_groups:
+class Optimizer:
+    """Clipped AdamW steps; norms and biases do not decay."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        decayed = [p for p in model.parameters() if p.dim() > 1]
+        groups = [{"params": decayed}, {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]
+        betas = (TRAINER["beta1"], TRAINER["beta2"])
+        self.adamw = torch.optim.AdamW(groups, lr=1.0, betas=betas, eps=TRAINER["adam_eps"], weight_decay=TRAINER["weight_decay"])
+
+    def step(self, loss: Tensor, learning_rate: float) -> dict[str, float]:
+        for group in self.adamw.param_groups:
             group["lr"] = learning_rate
-        optimizer.zero_grad()
-        loss = make_loss(model)
+        self.adamw.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), TRAINER["clip_grad"])
-        optimizer.step()
-        steps.append({"loss": loss.item(), "grad_norm": norm.item()})
-    return steps
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), TRAINER["clip_grad"])
+        self.adamw.step()
+        return {"loss": loss.item(), "grad_norm": norm.item()}
+
+
+def train(model: torch.nn.Module, make_loss: Any) -> list[dict[str, float]]:
+    """A step for each learning rate."""
+    optimizer = Optimizer(model)
+    return [optimizer.step(make_loss(model), learning_rate) for learning_rate in LEARNING_RATES]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from services.trainer.learning_rate import learning_rate, warmed_up
+from services.contract.config import TrainerConfig
+from services.trainer.learning_rate import Rates, learning_rate, rates, warmed_up
 
 
 def curve(schedule: str, steps: int = 6, warmup: int = 2, floor: float = 0.1) -> list[float]:
@@ -35,3 +36,21 @@ def test_a_constant_rate_is_the_warmed_up_one() -> None:
 
 def test_without_warm_up_the_first_step_has_the_whole_rate() -> None:
     assert curve("linear", steps=2, warmup=0, floor=0.0) == [1.0, 0.5]
+
+
+def trainer(**changes: object) -> TrainerConfig:
+    return TrainerConfig.model_validate({"steps": 6, "learning_rate": 1e-5, **changes})
+
+
+def test_without_a_critic_there_is_the_policys_rate_alone() -> None:
+    assert rates(3, trainer()) == Rates(1e-5) and rates(3, trainer()).figures == {"learning_rate": 1e-5}
+
+
+def test_the_policys_curve_begins_after_the_critics_warm_up() -> None:
+    critic = {"advantage": "gae", "critic_learning_rate": 4e-5, "critic_warmup_steps": 2}
+    shape = {"schedule": "linear", "warmup_steps": 1, "min_learning_rate": 1e-6}
+    with_critic, alone = trainer(objective=critic, **shape), trainer(**shape | {"steps": 4})
+    found = [rates(step, with_critic) for step in range(1, 7)]
+    assert [rate.policy for rate in found] == [None, None, *(rates(step, alone).policy for step in range(1, 5))]
+    assert [rate.critic for rate in found] == pytest.approx([4 * (rates(s, trainer(**shape)).policy or 0) for s in range(1, 7)])
+    assert found[0].figures == {"learning_rate": 0.0, "critic_learning_rate": found[0].critic}

@@ -16,6 +16,8 @@ from services.trainer.objective.advantages import (
     baseline_returns,
     discounted_returns,
     gae,
+    gae_advantages,
+    gae_returns,
     group_advantages,
     reinforce_returns,
     token_rewards,
@@ -96,18 +98,61 @@ def test_gae(case: Golden) -> None:
         assert_equal(found[1], returns)
 
 
-def without_observations(c: Golden) -> bool:
-    return estimator("ppo")(c) and all(all(mask) for mask in c["inputs"]["loss_masks"])
+def unobserved(case: Golden) -> list[int]:
+    """The rollouts in which nothing was observed."""
+    return [n for n, mask in enumerate(case["inputs"]["loss_masks"]) if all(mask)]
 
 
-@pytest.mark.parametrize("case", cases("advantages.json", without_observations))
+def some_unobserved(c: Golden) -> bool:
+    return estimator("ppo")(c) and not c["inputs"]["whiten"] and bool(unobserved(c))
+
+
+def gae_objective(**options: object) -> ObjectiveConfig:
+    kl = {"kl_in": "reward"} if options.get("kl_coef") else {}
+    return ObjectiveConfig.model_validate({"advantage": "gae", **options, **kl})
+
+
+@pytest.mark.parametrize("case", cases("advantages.json", some_unobserved))
 def test_ppo_where_nothing_is_observed(case: Golden) -> None:
     """Where something is, the original lets time and value run on through the observation, which is the policy's doing no more."""
-    i = case["inputs"]
-    for n, mask in enumerate(i["loss_masks"]):
-        own = torch.tensor(mask).bool()
-        rewards = token_rewards(i["rewards"][n], own, None, 0.0)
-        assert_equal(gae(rewards, double(i["values"][n]), own, i["gamma"], i["lambda"])[0], case["expected"]["advantages"][n])
+    i, expected = case["inputs"], case["expected"]
+    o = gae_objective(gae_gamma=i["gamma"], gae_lambda=i["lambda"], gae_whiten=False, kl_coef=i["kl_coef"])
+    for n in unobserved(case):
+        own = torch.ones(len(i["loss_masks"][n]), dtype=torch.bool)
+        batch = RolloutBatch(double([[i["rewards"][n]]]), [own], [double(expected["kl"][n])], [double(i["values"][n])])
+        assert_equal(gae_advantages(batch, o)[0], expected["advantages"][n])
+        assert_equal(gae_returns(batch, o)[0], expected["returns"][n])
+
+
+def two_rollouts() -> RolloutBatch:
+    """A search, two tokens observed, an answer; and a single token."""
+    masks = [torch.tensor([True, False, False, True]), torch.tensor([True])]
+    values = [double([0.5, 9.0, 9.0, 0.25]), double([0.5])]
+    return RolloutBatch(double([[1.0], [0.0]]), masks, [double([0.5, 7.0, 7.0, 1.0]), double([0.25])], values)
+
+
+def test_gae_of_a_batch_by_hand() -> None:
+    o = gae_objective(gae_gamma=0.5, gae_lambda=0.5, gae_whiten=False, kl_coef=0.5)
+    last, first = (1.0 - 0.5) - 0.25, (0.5 * 0.25 - 0.25) - 0.5
+    found = gae_advantages(two_rollouts(), o)
+    assert_equal(found[0], [first + 0.25 * last, 0.0, 0.0, last])
+    assert_equal(found[1], [-0.125 - 0.5])
+    assert_equal(gae_returns(two_rollouts(), o)[0], [first + 0.25 * last + 0.5, 0.0, 0.0, 1.0 - 0.5])
+
+
+def test_whitening_changes_the_advantages_and_not_what_the_critic_learns() -> None:
+    plain, white = gae_objective(gae_whiten=False), gae_objective()
+    batch = two_rollouts()
+    own = torch.cat([values[mask] for values, mask in zip(gae_advantages(batch, plain), batch.masks, strict=True)])
+    found = torch.cat([values[mask] for values, mask in zip(gae_advantages(batch, white), batch.masks, strict=True)])
+    assert_equal(found, (own - own.mean()) / (own.var() + 1e-8).sqrt())
+    for one, other in zip(gae_returns(batch, plain), gae_returns(batch, white), strict=True):
+        assert_equal(one, other)
+
+
+def test_without_a_critics_values_gae_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs the values of a critic"):
+        gae_advantages(batch_of([[1.0, 0.0]]), gae_objective())
 
 
 def test_gae_by_hand() -> None:
@@ -194,10 +239,20 @@ def test_equal_rewards_have_no_advantage(name: str) -> None:
     assert_equal(stacked(name, batch_of([[0.25] * 3, [1.0] * 3])).abs().max(), 0.0)
 
 
-@pytest.mark.parametrize("shape", [(4,), (4, 1)])
-def test_groups_of_one_are_refused(shape: tuple[int, ...]) -> None:
+def test_rewards_without_groups_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"shape \(4,\): give \[groups, samples\]"):
+        RolloutBatch(torch.zeros(4), [torch.ones(1, dtype=torch.bool)] * 4)
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline"])
+def test_a_groups_baseline_needs_two_samples(name: str) -> None:
     with pytest.raises(ValueError, match="two samples or more"):
-        RolloutBatch(torch.zeros(shape), [torch.ones(1, dtype=torch.bool)] * 4)
+        stacked(name, batch_of([[1.0], [0.0]]))
+
+
+def test_reinforce_plus_plus_learns_from_groups_of_one() -> None:
+    found = stacked("reinforce_plus_plus", batch_of([[1.0], [0.0]], tokens=1))
+    assert_equal(found.flatten(), double([0.5, -0.5]) / (0.5 + 1e-8) ** 0.5)
 
 
 def test_an_incomplete_group_is_refused() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,15 @@ REFUSED = [
     ({"reject_level": "token", "reject_low": 2.0, "reject_high": 1.0}, "reject_low is above reject_high"),
     ({"veto": 1.5}, "less than 1"),
     ({"dynamic_sampling": True, "advantage": "reinforce_plus_plus"}, "dynamic_sampling would drop"),
+    ({"dynamic_sampling": True, "advantage": "gae"}, "dynamic_sampling would drop"),
+    ({"advantage": "gae", "gamma": 0.9}, "set gae_gamma instead"),
+    ({"gae_gamma": 0.9}, 'gae_gamma: there is a critic with advantage = "gae" only'),
+    ({"advantage": "rloo", "gae_lambda": 0.9, "gae_whiten": False}, "gae_lambda, gae_whiten: there is a critic"),
+    (
+        {"value_clip": 0.5, "critic_learning_rate": 1e-4, "critic_warmup_steps": 2},
+        "value_clip, critic_learning_rate, critic_warmup",
+    ),
+    ({"advantage": "gae", "value_clip": 0.0}, "greater than 0"),
     ({"overlong_tokens": 100}, "overlong_buffer go together"),
     ({"overlong_tokens": 100, "overlong_buffer": 200}, "at most as large"),
 ]
@@ -61,12 +73,33 @@ def test_all_contradictions_are_told_at_once() -> None:
         ({"schedule": "linear", "learning_rate": 1e-6, "min_learning_rate": 1e-5}, "above learning_rate"),
         ({"schedule": "cosine", "steps": 5, "warmup_steps": 5}, "leaves no step"),
         ({"objective": {"overlong_tokens": 5000, "overlong_buffer": 100}}, "out of reach"),
+        ({"samples_per_prompt": 1}, 'samples_per_prompt 1 leaves objective.advantage = "grpo" nothing to compare'),
+        (
+            {"objective": {"advantage": "gae", "critic_warmup_steps": 20}, "steps": 20},
+            "leaves no step of `steps` to train the policy",
+        ),
+        (
+            {"objective": {"advantage": "gae", "critic_warmup_steps": 3}, "schedule": "linear", "steps": 5, "warmup_steps": 2},
+            "leaves no step of `steps` to decay over",
+        ),
     ],
 )
 def test_contradictions_with_the_trainer_are_refused(trainer: dict[str, object], told: str) -> None:
     with pytest.raises(ValidationError) as caught:
         Config.model_validate({"trainer": trainer})
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("advantage", ["gae", "reinforce_plus_plus", "mine:halves"])
+def test_an_advantage_without_a_group_takes_single_samples(advantage: str) -> None:
+    config = Config.model_validate({"trainer": {"samples_per_prompt": 1, "objective": {"advantage": advantage}}})
+    assert config.trainer.samples_per_prompt == 1
+
+
+def test_sampling_from_less_than_the_distribution_is_refused_where_it_is_trained_on() -> None:
+    with pytest.raises(ValidationError, match="top_p 0.9 draws from less than the distribution that log-probs are of"):
+        Config.model_validate({"rollout": {"top_p": 0.9}})
+    assert Config.model_validate({"rollout": {"top_p": 0.9}, "trainer": {"steps": 0}}).rollout.top_p == 0.9
 
 
 @pytest.mark.parametrize(
@@ -82,6 +115,33 @@ def test_contradictions_with_the_trainer_are_refused(trainer: dict[str, object],
 )
 def test_log_probs_are_recomputed_only_where_they_are_needed(options: dict[str, object], recomputed: bool) -> None:
     assert ObjectiveConfig.model_validate(options).recomputes_logprobs == recomputed
+
+
+def documented() -> dict[str, str]:
+    """{key: default} of the table of every key."""
+    text = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text()
+    rows = [line.split("|")[1:3] for line in text.partition("## Every key")[2].partition("\n## ")[0].splitlines()]
+    return {cells[0].strip(" `"): cells[1].strip(" `") for cells in rows if len(cells) == 2 and "`" in cells[0]}
+
+
+def test_the_documentation_has_every_key_and_its_default() -> None:
+    shown = {None: "–", True: "true", False: "false"}
+    defaults = {name: field.default for name, field in ObjectiveConfig.model_fields.items()}
+    wanted = {name: shown[d] if d is None or isinstance(d, bool) else json.dumps(d) for name, d in defaults.items()}
+    assert documented() == wanted
+
+
+def recipes() -> dict[str, dict[str, object]]:
+    """{recipe: keys} of the documentation's table; a length that depends on the run is 100."""
+    text = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text().partition("## Recipes")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("|")][2:]
+    found = {name.strip(): tomllib.loads("\n".join(re.findall(r"`(\w+ = [^`]+)`", keys))) for name, keys in rows}
+    return {name: keys | ({"fixed_length": 100} if "fixed_length" in keys.values() else {}) for name, keys in found.items()}
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_the_documented_recipes_are_accepted(recipe: str) -> None:
+    check_functions(ObjectiveConfig.model_validate(recipes()[recipe]))
 
 
 MODULE = """
@@ -156,7 +216,7 @@ def test_functions_that_cannot_be_used_stop_the_start(key: str, name: str, told:
     assert told in str(caught.value) and f'trainer.objective.{key} = "{name}"' in str(caught.value)
 
 
-@pytest.mark.parametrize("advantage", ["grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"])
+@pytest.mark.parametrize("advantage", ["grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae"])
 @pytest.mark.parametrize("loss", ["clipped", "gspo", "cispo"])
 def test_ours_pass_the_same_trial(advantage: str, loss: str) -> None:
     check_functions(ObjectiveConfig(advantage=advantage, loss=loss))

@@ -13,13 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from services.contract.messages import Span, VersionSpan
 from services.trainer.collect import CompleteGroup
 from tests.conftest import free_port
-from tests.factories import make_trajectory
 from tests.trainer.plain_objectives import FAMILIES, Groups, Rollout
 from tests.trainer.plain_torch import response_logprobs
-from tests.trainer.tiny_models import VOCAB, load_plain, save_tiny
+from tests.trainer.tiny_models import VOCAB, group_of, load_plain, save_tiny
 
 ROOT = Path(__file__).parents[2]
 GROUPS, SAMPLES = 3, 4
@@ -45,10 +43,7 @@ class Sampled:
 
     @property
     def groups(self) -> list[CompleteGroup]:
-        return [
-            CompleteGroup(f"t{g}", [trajectory(f"t{g}", s, row) for s, row in enumerate(rows)], [b"0-1"] * SAMPLES)
-            for g, rows in enumerate(self.rows)
-        ]
+        return [group_of(f"t{g}", rows) for g, rows in enumerate(self.rows)]
 
     def rollouts(self, model: torch.nn.Module) -> Groups:
         return [[rollout(model, self.reference, row) for row in rows] for rows in self.rows]
@@ -63,26 +58,6 @@ def sample(draw: random.Random, model: torch.nn.Module) -> dict[str, Any]:
         logprobs = response_logprobs(model, row)
     row["engine_logprobs"] = [(float(p) + draw.gauss(0, 0.12)) * own for p, own in zip(logprobs, mask, strict=True)]
     return row
-
-
-def trajectory(group_id: str, sample: int, row: dict[str, Any]):  # noqa: ANN201
-    mask, prompt = row["loss_mask"], row["prompt_length"]
-    first, last = mask.index(0), len(mask) - mask[::-1].index(0)
-    spans = [
-        Span("model", 0, first, "", [VersionSpan(0, 0, first)]),
-        Span("observation", first, last, ""),
-        Span("model", last, len(mask), "", [VersionSpan(0, last, len(mask))]),
-    ]
-    return make_trajectory(
-        group_id,
-        sample,
-        prompt_ids=row["token_ids"][:prompt],
-        response_ids=row["token_ids"][prompt:],
-        logprobs=row["engine_logprobs"],
-        spans=spans,
-        temperature=row["temperature"],
-        reward=row["reward"],
-    )
 
 
 def rollout(model: torch.nn.Module, reference: torch.nn.Module, row: dict[str, Any]) -> Rollout:

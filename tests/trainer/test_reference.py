@@ -35,9 +35,14 @@ def test_without_a_warm_start_it_is_the_starting_model(tmp_path: Path) -> None:
     assert kept_reference(tmp_path, 0, Path("start")) == Path("start")
 
 
+def test_after_a_warm_start_that_kept_none_the_starting_model_does_not_stand_in(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="never kept because trainer.objective.kl_coef was 0 when GRPO began"):
+        kept_reference(tmp_path, 0, None)
+
+
 def test_a_refreshed_one_that_is_gone_is_no_reason_to_take_another(tmp_path: Path) -> None:
     written(tmp_path, 0)
-    with pytest.raises(ConfigError, match="reference-000010 is gone: put it back"):
+    with pytest.raises(ConfigError, match="reference-000010 is gone: put that policy there"):
         kept_reference(tmp_path, 10, Path("start"))
 
 

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from services.contract.config import ObjectiveConfig
-from services.trainer.rows import policy_rows, whole_batch_mean_weight, with_advantages, with_logprobs
+from services.trainer.rows import (
+    critic_figures,
+    policy_rows,
+    whole_batch_mean_weight,
+    with_advantages,
+    with_logprobs,
+    with_old_values,
+)
 from tests.factories import make_complete_group
 
 GROUPS = [make_complete_group("t0", [1.0, 0.0]), make_complete_group("t1", [0.5, 0.5])]
@@ -14,14 +21,21 @@ ENGINE = [-0.5, -0.25, 0.0, 0.0, 0.0, -1.0, -0.125]
 """Log-probs of the factory's trajectories: two model tokens, three observed ones, two model tokens."""
 
 
+VALUES = torch.tensor([0.5, 0.5, 0.0, 0.0, 0.0, 0.5, 0.75])
+
+
 class Answers:
-    """Stands in for the learner's two forward passes, which are tested with the real one in test_objective_learner."""
+    """Stands in for the forward passes of learner and critic, which are tested with the real ones in test_objective_learner and
+    test_ppo."""
 
     def logprobs(self, rows: list) -> list[torch.Tensor]:
         return [torch.tensor(ENGINE) + 0.5 * torch.tensor(row.loss_mask) for row in rows]
 
     def reference_logprobs(self, rows: list) -> list[torch.Tensor]:
         return [torch.tensor(ENGINE) for _ in rows]
+
+    def values(self, rows: list) -> list[torch.Tensor]:
+        return [VALUES for _ in rows]
 
 
 def test_a_row_has_the_tokens_that_were_sampled() -> None:
@@ -63,6 +77,29 @@ def test_advantages_of_tokens_are_0_where_observed() -> None:
     rows = with_advantages(policy_rows(GROUPS), GROUPS, ObjectiveConfig(advantage="reinforce_plus_plus"))
     values = rows[0].token_values["advantages"]
     assert [value != 0 for value in values] == [bool(own) for own in rows[0].loss_mask]
+
+
+def test_a_critic_gives_every_token_its_advantage_and_its_return() -> None:
+    o = ObjectiveConfig(advantage="gae", gae_whiten=False)
+    rows = with_advantages(with_old_values(policy_rows(GROUPS), Answers()), GROUPS, o)  # type: ignore[arg-type]
+    values = rows[0].token_values
+    assert list(values["returns"]) == [1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0]
+    assert list(values["advantages"]) == [0.5, 0.5, 0.0, 0.0, 0.0, 0.5, 0.25]
+
+
+def test_figures_of_the_critic_are_those_of_the_model_tokens() -> None:
+    o = ObjectiveConfig(advantage="gae")
+    rows = with_advantages(with_old_values(policy_rows(GROUPS), Answers()), GROUPS, o)  # type: ignore[arg-type]
+    figures = critic_figures(rows)
+    assert (figures["value_mean"], figures["returns_mean"]) == (0.5625, 0.5)
+    # Returns are 1, 0, .5, .5 by rollout, variance .125; the values' own variance, .01171875, only adds to it.
+    assert figures["explained_variance"] == pytest.approx(1 - (0.125 + 0.01171875) / 0.125)
+
+
+def test_returns_that_do_not_differ_have_no_variance_to_explain() -> None:
+    o = ObjectiveConfig(advantage="gae")
+    rows = with_advantages(with_old_values(policy_rows(GROUPS[1:]), Answers()), GROUPS[1:], o)  # type: ignore[arg-type]
+    assert critic_figures(rows).keys() == {"value_mean", "returns_mean"}
 
 
 def test_the_mean_weight_is_that_of_all_model_tokens() -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import random
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+
+from services.contract.messages import Span, VersionSpan
+from services.trainer.collect import CompleteGroup
+from tests.factories import make_trajectory
 
 VOCAB = 259
 """Odd, so that two tensor-parallel ranks must pad it."""
@@ -68,3 +73,36 @@ def row_values(count: int = 7, seed: int = 0) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def rewarded_rows() -> list[dict[str, Any]]:
+    """Six of these rows, their advantages taken for rewards."""
+    return [row | {"reward": row["advantage"]} for row in row_values(count=6, seed=1)]
+
+
+def group_of(group_id: str, rows: list[dict[str, Any]]) -> CompleteGroup:
+    """The rows, each with a `reward`, as the trajectories of a group."""
+    return CompleteGroup(group_id, [_trajectory(group_id, n, row) for n, row in enumerate(rows)], [b"0-1"] * len(rows))
+
+
+def _trajectory(group_id: str, sample: int, row: dict[str, Any]):  # noqa: ANN202
+    prompt = row["prompt_length"]
+    return make_trajectory(
+        group_id,
+        sample,
+        prompt_ids=row["token_ids"][:prompt],
+        response_ids=row["token_ids"][prompt:],
+        logprobs=row["engine_logprobs"],
+        spans=_spans(row["loss_mask"]),
+        temperature=row["temperature"],
+        reward=row["reward"],
+    )
+
+
+def _spans(mask: list[int]) -> list[Span]:
+    spans, start = [], 0
+    for own, tokens in groupby(mask):
+        end = start + len(list(tokens))
+        spans.append(Span("model", start, end, "", [VersionSpan(0, start, end)]) if own else Span("observation", start, end, ""))
+        start = end
+    return spans

@@ -86,6 +86,11 @@ def _contradictions(config: Config) -> list[str]:
         found.append("rollout.engine.max_total_tokens is below model.max_context: one episode would not fit")
     if trainer.processes % (trainer.tensor_parallel * trainer.pipeline_parallel):
         found.append("trainer.processes must be a multiple of tensor_parallel × pipeline_parallel")
+    if rollout.top_p < 1 and trainer.steps:
+        found.append(
+            f"rollout.top_p {rollout.top_p} draws from less than the distribution that log-probs are of, on both sides, so the "
+            "ratio to the engine would be wrong: set it to 1, and a lower rollout.temperature for cooler samples"
+        )
     objective = trainer.objective
     if objective.overlong_tokens and objective.overlong_tokens - objective.overlong_buffer >= rollout.max_response_tokens:
         found.append("trainer.objective.overlong_tokens is out of reach under rollout.max_response_tokens: lower it")

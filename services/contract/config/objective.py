@@ -9,19 +9,33 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from services.contract.config.base import Fraction, NonNegative, Positive, Section
 
-Advantage = Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]
+Advantage = Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae"]
 Loss = Literal["clipped", "gspo", "cispo"]
 Level = Literal["token", "sequence", "geometric"]
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """A function of one's own: `module:function`."""
+WITHOUT_A_GROUP = ("reinforce_plus_plus", "gae")
+"""Advantages whose baseline is not the group's: they learn from groups of equal rewards too, and from groups of one."""
+CRITICS_KEYS = ("gae_gamma", "gae_lambda", "gae_whiten", "value_clip", "critic_learning_rate", "critic_warmup_steps")
 
 
 class ObjectiveConfig(Section):
     advantage: Advantage | str = "grpo"
     """grpo, dr_grpo (no division by the group's standard deviation), rloo, reinforce_plus_plus, reinforce_plus_plus_baseline,
-    or `module:function` (see docs/objectives.md)."""
+    gae (PPO with a critic), or `module:function` (see docs/objectives.md)."""
     gamma: Fraction = 1.0
     """Discount of reinforce_plus_plus, per response token."""
+    gae_gamma: Fraction = 1.0
+    """Discount of gae, per token of the model's own."""
+    gae_lambda: Fraction = 1.0
+    """How far gae looks ahead before it trusts the critic: 1 to the end of the rollout, 0 one token."""
+    gae_whiten: bool = True
+    """Shift and scale the advantages of gae to mean 0 and variance 1 over the batch's model tokens."""
+    value_clip: Annotated[float, Field(gt=0)] = 0.2
+    """The critic's values move at most so far from those before the batch's first step; beyond that they have no gradient."""
+    critic_learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    critic_warmup_steps: NonNegative = 0
+    """In so many first steps only the critic learns, and the policy stays as it is."""
     loss: Loss | str = "clipped"
     """clipped (PPO's surrogate), gspo (ratio of the whole sequence), cispo (clipped ratios as weights), or `module:function`."""
     clip_low: Fraction = 0.2
@@ -88,6 +102,10 @@ class ObjectiveConfig(Section):
         return self.kl_coef > 0 and self.kl_in == "reward"
 
     @property
+    def has_critic(self) -> bool:
+        return self.advantage == "gae"
+
+    @property
     def recomputes_logprobs(self) -> bool:
         """Whether the trainer's log-probs must be known before the batch's first step, which costs a forward pass."""
         several = self.epochs * self.minibatches > 1
@@ -103,7 +121,8 @@ class ObjectiveConfig(Section):
 
     @model_validator(mode="after")
     def _options_agree(self) -> ObjectiveConfig:
-        problems = [*_policy_problems(self), *_kl_problems(self), *_correction_problems(self), *_shaping_problems(self)]
+        problems = [*_policy_problems(self), *_critic_problems(self), *_kl_problems(self)]
+        problems += [*_correction_problems(self), *_shaping_problems(self)]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -111,8 +130,9 @@ class ObjectiveConfig(Section):
 
 def _policy_problems(o: ObjectiveConfig) -> list[str]:
     found = []
-    if o.gamma != 1 and o.advantage in ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline"):
-        found.append(f'gamma is read by advantage = "reinforce_plus_plus" only, not by "{o.advantage}": set it to 1')
+    if o.gamma != 1 and o.advantage in get_args(Advantage) and o.advantage != "reinforce_plus_plus":
+        instead = "set gae_gamma instead" if o.has_critic else "set it to 1"
+        found.append(f'gamma is read by advantage = "reinforce_plus_plus" only, not by "{o.advantage}": {instead}')
     if o.dual_clip is not None and o.loss == "cispo":
         found.append('dual_clip does nothing with loss = "cispo", which never lets a ratio past its bounds: take it out')
     if (o.fixed_length is None) == (o.aggregate == "fixed_length"):
@@ -122,6 +142,13 @@ def _policy_problems(o: ObjectiveConfig) -> list[str]:
     if o.old_policy == "engine" and (o.reject_level != "none" or o.veto is not None):
         found.append('reject_level and veto need old_policy = "trainer", whose ratio to the engine they look at: take them out')
     return found
+
+
+def _critic_problems(o: ObjectiveConfig) -> list[str]:
+    changed = [key for key in CRITICS_KEYS if getattr(o, key) != type(o).model_fields[key].default]
+    if changed and not o.has_critic:
+        return [f'{", ".join(changed)}: there is a critic with advantage = "gae" only: set that, or take them out']
+    return []
 
 
 def _kl_problems(o: ObjectiveConfig) -> list[str]:
@@ -153,8 +180,8 @@ def _correction_problems(o: ObjectiveConfig) -> list[str]:
 
 def _shaping_problems(o: ObjectiveConfig) -> list[str]:
     found = []
-    if o.dynamic_sampling and o.advantage == "reinforce_plus_plus":
-        found.append('dynamic_sampling would drop groups that advantage = "reinforce_plus_plus" learns from: take it out')
+    if o.dynamic_sampling and o.advantage in WITHOUT_A_GROUP:
+        found.append(f'dynamic_sampling would drop groups that advantage = "{o.advantage}" learns from: take it out')
     if bool(o.overlong_tokens) != bool(o.overlong_buffer) or o.overlong_buffer > o.overlong_tokens:
         found.append("overlong_tokens and overlong_buffer go together, the buffer at most as large: set both or neither")
     return found

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from services.contract.config.base import NonNegative, Positive, Seconds, Section
-from services.contract.config.objective import ObjectiveConfig
+from services.contract.config.objective import WITHOUT_A_GROUP, Advantage, ObjectiveConfig
 
 
 class WarmStartConfig(Section):
@@ -31,7 +31,8 @@ class TrainerConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     steps: NonNegative = 20
     groups_per_step: Positive = 8
-    samples_per_prompt: Annotated[int, Field(ge=2)] = 6
+    samples_per_prompt: Positive = 6
+    """1 only where the advantage needs no group: gae, reinforce_plus_plus, or a function of one's own."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     warmup_steps: NonNegative = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -79,12 +80,17 @@ class TrainerConfig(Section):
 
 
 def _problems(trainer: TrainerConfig) -> Iterator[str]:
-    parts = trainer.objective.minibatches
+    o = trainer.objective
+    if trainer.samples_per_prompt == 1 and o.advantage in get_args(Advantage) and o.advantage not in WITHOUT_A_GROUP:
+        yield f'samples_per_prompt 1 leaves objective.advantage = "{o.advantage}" nothing to compare a rollout with: raise it'
+    if 0 < trainer.steps <= o.critic_warmup_steps:
+        yield f"objective.critic_warmup_steps {o.critic_warmup_steps} leaves no step of `steps` to train the policy: lower it"
+    parts = o.minibatches
     if trainer.groups_per_step % parts:
         yield f"groups_per_step {trainer.groups_per_step} is no multiple of objective.minibatches {parts}: change one"
     if trainer.schedule == "constant" and trainer.min_learning_rate:
         yield 'min_learning_rate does nothing with schedule = "constant": set schedule, or take it out'
     if trainer.min_learning_rate > trainer.learning_rate:
         yield "min_learning_rate is above learning_rate: lower it"
-    if trainer.schedule != "constant" and 0 < trainer.steps <= trainer.warmup_steps:
+    if trainer.schedule != "constant" and 0 < trainer.steps <= trainer.warmup_steps + o.critic_warmup_steps:
         yield "warmup_steps leaves no step of `steps` to decay over: lower it"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from services.contract.config import ConfigError
 from services.contract.weights import NoSpace
 from services.trainer.megatron import cpu
 
@@ -53,13 +54,17 @@ def save(folder: Path, parts: Parts) -> None:
 
 
 def load(folder: Path, parts: Parts) -> None:
-    """All ranks call this together. Raises FileNotFoundError when `folder` holds no checkpoint, or none of such parts."""
+    """All ranks call this together. Raises FileNotFoundError when `folder` is no checkpoint, ConfigError when it lacks a part."""
     if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
         raise FileNotFoundError(f"{folder} is no checkpoint: it was not finished, or it is another folder")
     common = dist_checkpointing.load_common_state_dict(str(folder))
     for prefix in parts:
         if f"{prefix}optimizer" not in common:
-            raise FileNotFoundError(f"the checkpoint {folder} has no {prefix.rstrip('.')}: it was saved by a run without one")
+            name = prefix.rstrip(".") or "policy"
+            raise ConfigError(
+                f"the checkpoint {folder} has no {name}: the steps before it were made without one. Set "
+                "trainer.objective.advantage as it was, or start the run under another run.name"
+            )
     with _states_here(parts):
         loaded = _read(folder, parts, same_layout=common["layout"] == _layout())
     if "random" in loaded:

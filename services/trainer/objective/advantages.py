@@ -7,10 +7,12 @@
 | rloo                         | R - mean of the group's other rollouts                     | RLOO (2402.14740)        |
 | reinforce_plus_plus          | discounted sum of the token rewards that follow, whitened  | REINFORCE++ (2501.03262) |
 | reinforce_plus_plus_baseline | R - mean of the group - kl_coef·KL of the token, whitened  | the same, with baseline  |
+| gae                          | Σ (gae_gamma·gae_lambda)^k · δ of the k-th token after it, | PPO (1707.06347) with    |
+|                              | δ = reward + gae_gamma·next value - value; whitened        | GAE (1506.02438)         |
 
 A group is one question sampled several times. An incomplete group is an error here, never a smaller group: its mean would be
 another baseline. Whitening is over all model tokens of the batch. With the KL in the reward, rloo subtracts kl_coef times the
-rollout's summed KL from R, and a token of reinforce_plus_plus is rewarded -kl_coef·KL, the last one R besides.
+rollout's summed KL from R; a token of reinforce_plus_plus and of gae is rewarded -kl_coef·KL, the last one R besides.
 """
 
 from __future__ import annotations
@@ -41,10 +43,12 @@ class RolloutBatch:
     """Per rollout, bool [response]: True at the model's own tokens."""
     kl: list[Tensor] | None = None
     """Per rollout, [response]: estimated KL to the reference in nats, 0 where observed. None unless the KL is in the reward."""
+    values: list[Tensor] | None = None
+    """Per rollout, [response]: what the critic expected after reading all before the token. None without a critic."""
 
     def __post_init__(self) -> None:
-        if self.rewards.dim() != 2 or self.rewards.shape[1] < 2:
-            raise ValueError(f"rewards have shape {tuple(self.rewards.shape)}: give [groups, samples], two samples or more")
+        if self.rewards.dim() != 2:
+            raise ValueError(f"rewards have shape {tuple(self.rewards.shape)}: give [groups, samples]")
         if len(self.masks) != self.rewards.numel():
             raise ValueError(f"{len(self.masks)} rollouts for {self.rewards.numel()} rewards: train on complete groups only")
 
@@ -54,7 +58,9 @@ AdvantageFunction = Callable[[RolloutBatch, ObjectiveConfig], list[Tensor]]
 
 
 def group_advantages(rewards: Tensor, baseline: Baseline = "grpo") -> Tensor:
-    """rewards: [groups, samples], at least two samples. Returns the same shape and dtype."""
+    """rewards: [groups, samples], at least two samples, else ValueError. Returns the same shape and dtype."""
+    if rewards.shape[1] < 2:
+        raise ValueError(f"rewards have shape {tuple(rewards.shape)}: a group's baseline needs two samples or more")
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     if baseline == "rloo":
         return centred * (rewards.shape[1] / (rewards.shape[1] - 1))
@@ -130,10 +136,7 @@ def reinforce_plus_plus(batch: RolloutBatch, o: ObjectiveConfig) -> list[Tensor]
 
 def reinforce_returns(batch: RolloutBatch, o: ObjectiveConfig) -> list[Tensor]:
     """REINFORCE++ before it is whitened: per rollout [response]."""
-    kls = batch.kl or [None] * len(batch.masks)
-    rewards = batch.rewards.reshape(-1).tolist()
-    tokens = [token_rewards(r, mask, kl, o.kl_coef) for r, mask, kl in zip(rewards, batch.masks, kls, strict=True)]
-    return [discounted_returns(row, o.gamma) for row in tokens]
+    return [discounted_returns(rewards, o.gamma) for rewards in _token_rewards(batch, o)]
 
 
 def reinforce_plus_plus_baseline(batch: RolloutBatch, o: ObjectiveConfig) -> list[Tensor]:
@@ -147,6 +150,30 @@ def baseline_returns(batch: RolloutBatch, o: ObjectiveConfig) -> list[Tensor]:
     return [value - o.kl_coef * kl for value, kl in zip(centred, kls, strict=True)]
 
 
+def gae_advantages(batch: RolloutBatch, o: ObjectiveConfig) -> list[Tensor]:
+    """PPO's: per rollout [response], 0 at observed tokens unless whitened."""
+    found = [advantages for advantages, _ in _gae_of_each(batch, o)]
+    return whiten(found, batch.masks) if o.gae_whiten else found
+
+
+def gae_returns(batch: RolloutBatch, o: ObjectiveConfig) -> list[Tensor]:
+    """What the critic learns to expect: the advantages before whitening + its values, per rollout [response], 0 where observed."""
+    return [returns for _, returns in _gae_of_each(batch, o)]
+
+
+def _gae_of_each(batch: RolloutBatch, o: ObjectiveConfig) -> list[tuple[Tensor, Tensor]]:
+    if batch.values is None:
+        raise ValueError('advantage = "gae" needs the values of a critic: give them with the batch')
+    rollouts = zip(_token_rewards(batch, o), batch.values, batch.masks, strict=True)
+    return [gae(rewards, values, mask, o.gae_gamma, o.gae_lambda) for rewards, values, mask in rollouts]
+
+
+def _token_rewards(batch: RolloutBatch, o: ObjectiveConfig) -> list[Tensor]:
+    kls = batch.kl or [None] * len(batch.masks)
+    rewards = batch.rewards.reshape(-1).tolist()
+    return [token_rewards(r, mask, kl, o.kl_coef) for r, mask, kl in zip(rewards, batch.masks, kls, strict=True)]
+
+
 def _each(advantages: Tensor) -> list[Tensor]:
     return list(advantages.reshape(-1).unbind())
 
@@ -157,4 +184,5 @@ ADVANTAGES: dict[str, AdvantageFunction] = {
     "rloo": rloo,
     "reinforce_plus_plus": reinforce_plus_plus,
     "reinforce_plus_plus_baseline": reinforce_plus_plus_baseline,
+    "gae": gae_advantages,
 }

@@ -63,7 +63,8 @@ def check_functions(o: ObjectiveConfig) -> None:
     """Try both functions on a small batch. Raises ConfigError with the key: better now than after the warm start."""
     masks = [torch.tensor(mask) for mask in ([True, False, True], [True], [True, True], [True, False])]
     kl = [0.1 * mask.double() for mask in masks] if o.kl_in_reward else None
-    batch = RolloutBatch(torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=torch.float64), masks, kl)
+    values = [0.5 * mask.double() for mask in masks]
+    batch = RolloutBatch(torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=torch.float64), masks, kl, values)
     _try("trainer.objective.advantage", o.advantage, lambda: advantages_of(batch, o))
     logprobs = torch.tensor([-0.5, -1.0, -2.0], requires_grad=True)
     tokens = PolicyTokens(logprobs, logprobs.detach() - 0.1, torch.tensor([1.0, 1.0, -1.0]), torch.tensor([0, 0, 1]))
