@@ -1,5 +1,7 @@
 """`index build`: corpus to embeddings to FAISS index, each step skipped when its output is there, whole and matching.
 
+Where `data.index` names a published index, that one is adopted instead (see `adopt`).
+
 | on disk                                              | means                            | the next `index build`       |
 |------------------------------------------------------|----------------------------------|------------------------------|
 | manifest.json, index.faiss, all fields equal         | whole                            | does nothing                 |
@@ -20,6 +22,7 @@ import numpy as np
 
 from services.contract.config import Config
 from services.contract.telemetry import Progress
+from services.retriever.adopt import adopt
 from services.retriever.corpus import Corpus
 from services.retriever.embed import embed
 from services.retriever.encoder import EncoderDescription, describe_encoder
@@ -53,7 +56,9 @@ def build_index(config: Config) -> Manifest:
         if known and not problems:
             log.info("index at %s is whole and matches (%s passages, %s): nothing to do", folder, f"{len(corpus):,}", known.factory)
             return known
-        log.info("building the index at %s: %s", folder, "; ".join(problems))
+        log.info("making the index at %s: %s", folder, "; ".join(problems))
+        if parts := config.data.index_parts:
+            return adopt(config, parts, corpus, encoder, identity)
         return _build(config, corpus, encoder, identity)
 
 
