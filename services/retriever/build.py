@@ -22,7 +22,6 @@ import numpy as np
 
 from services.contract.config import Config
 from services.contract.telemetry import Progress
-from services.retriever.adopt import adopt
 from services.retriever.corpus import Corpus
 from services.retriever.embed import embed
 from services.retriever.encoder import EncoderDescription, describe_encoder
@@ -58,6 +57,8 @@ def build_index(config: Config) -> Manifest:
             return known
         log.info("making the index at %s: %s", folder, "; ".join(problems))
         if parts := config.data.index_parts:
+            from services.retriever.adopt import adopt  # faiss
+
             return adopt(config, parts, corpus, encoder, identity)
         return _build(config, corpus, encoder, identity)
 

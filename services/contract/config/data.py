@@ -105,7 +105,11 @@ class DataConfig(Section):
     def local(self, path: Path | None) -> Path | None:
         """Where a path or `hub:NAME` lies on this machine."""
         name = hub_name(path)
-        return self.directory / "hub" / name.replace("/", "--") if name else path
+        return self.hub_path(name) if name else path
+
+    def hub_path(self, name: str) -> Path:
+        """Where `hub:NAME` lies, a file or a folder."""
+        return self.directory / "hub" / name.replace("/", "--")
 
     def question_files(self, *keys: str) -> list[QuestionFile]:
         """What `prepare` has to convert for these keys; nothing for a .jsonl that is used where it lies."""
