@@ -94,7 +94,9 @@ class HubServer:
 
     def bytes_asked(self, part: str) -> int:
         """Sum of the ranges asked of the file server."""
-        spans = [seen.range.removeprefix("bytes=").split("-") for seen in self.requests(part) if seen.range and "/cdn/" in seen.path]
+        spans = [
+            seen.range.removeprefix("bytes=").split("-") for seen in self.requests(part) if seen.range and "/cdn/" in seen.path
+        ]
         return sum(int(last) - int(first) + 1 for first, last in spans)
 
     def take_fault(self, method: str, path: str) -> Fault | None:

@@ -47,7 +47,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         )
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.delenv("HF_TOKEN", raising=False)
-        server.add(REPO, {"corpus.jsonl.gz": CONTENT, "README.md": b"# about", "part_aa": noise(9000, 1), "part_ab": noise(5000, 2)})
+        server.add(
+            REPO, {"corpus.jsonl.gz": CONTENT, "README.md": b"# about", "part_aa": noise(9000, 1), "part_ab": noise(5000, 2)}
+        )
         yield server
 
 
@@ -208,8 +210,14 @@ def test_a_server_without_ranges_sends_a_whole_file(hub: HubServer, tmp_path: Pa
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        (Entry("x", "corpus", "someone/nothing", ("a",)), r"hub:x \(someone/nothing @ main on .*HTTP 404.*mend the name, or set HF_TOKEN"),
-        (Entry("x@v9", "corpus", "someone/corpus", ("a",), revision="v9"), "there is no such revision; hub:x@main takes the newest"),
+        (
+            Entry("x", "corpus", "someone/nothing", ("a",)),
+            r"hub:x \(someone/nothing @ main on .*HTTP 404.*mend the name, or set HF_TOKEN",
+        ),
+        (
+            Entry("x@v9", "corpus", "someone/corpus", ("a",), revision="v9"),
+            "there is no such revision; hub:x@main takes the newest",
+        ),
         (Entry("x", "corpus", "someone/corpus", ("absent.gz",)), "someone/corpus @ main holds no absent.gz .*README.md"),
     ],
 )
