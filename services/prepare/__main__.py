@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from services.contract.config import Config, ConfigError, QuestionFile, load_config
+from services.contract.config import Config, ConfigError, QuestionFile, load_config, mix_problem
 from services.contract.telemetry import configure_logging, format_seconds
 from services.prepare.errors import PrepareError
 from services.prepare.question_rows import Located, locate
@@ -59,7 +59,10 @@ def check(
 
     summaries = [summarize(name, located) for name, located in _question_sets(files or [], config)]
     print(report(summaries))
-    if not all(summary.usable for summary in summaries):
+    problem = None if files else mix_problem(load_config(config).data.mix, summaries[0].sources)
+    if problem:
+        print(f"\n{problem}")
+    if problem or not all(summary.usable for summary in summaries):
         raise typer.Exit(1)
 
 

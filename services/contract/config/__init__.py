@@ -1,7 +1,7 @@
 """The configuration of a run: a section a service, in a file of its own; `load_config` reads them all."""
 
 from services.contract.config.base import ConfigError, Section
-from services.contract.config.data import Columns, DataConfig, QuestionFile, hub_name
+from services.contract.config.data import Columns, DataConfig, QuestionFile, hub_name, mix_problem
 from services.contract.config.load import Config, dump_config, load_config
 from services.contract.config.objective import ObjectiveConfig
 from services.contract.config.retriever import RetrieverConfig
@@ -31,4 +31,5 @@ __all__ = [
     "dump_config",
     "hub_name",
     "load_config",
+    "mix_problem",
 ]

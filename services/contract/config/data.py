@@ -6,6 +6,7 @@ repository `hub:owner/name`), and all services find it at `<data.directory>/hub/
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,6 +21,17 @@ def hub_name(path: Path | None) -> str | None:
     """NAME of `hub:NAME`; None for a path of one's own."""
     text = str(path or "")
     return text.removeprefix(HUB) if text.startswith(HUB) else None
+
+
+def mix_problem(mix: Mapping[str, float], sources: Collection[str]) -> str | None:
+    """What keeps a mixture from being drawn from questions of these sources, with the mend."""
+    if not mix:
+        return None
+    if unknown := sorted(set(mix) - set(sources)):
+        return f"data.mix names {', '.join(unknown)}, of which there is no question; there are {', '.join(sorted(sources))}"
+    if forgotten := sorted(set(sources) - set(mix)):
+        return f"data.mix gives no weight to {', '.join(forgotten)}: add it, 0 leaves a source out"
+    return None
 
 
 class Columns(Section):
