@@ -44,6 +44,11 @@ class Fetch:
         placed = place(self.entry, remote_files(self.entry, self.patience), temporary)
         return Transfer(placed, temporary.with_name(f"{temporary.name}.journal.json"), self.patience)
 
+    @property
+    def bytes_needed(self) -> int:
+        """Still to download, and to unpack afterwards."""
+        return self.transfer.missing + round(self.transfer.size * self.entry.growth)
+
     def _make(self, temporary: Path) -> Mapping[str, str]:
         digests = self.transfer.run(self.entry.name)
         if self.entry.is_one_file:
@@ -106,7 +111,7 @@ def place(entry: Entry, files: Sequence[RemoteFile], temporary: Path) -> list[Pl
 def _need_room(folder: Path, missing: Sequence[Fetch]) -> None:
     """Raises PrepareError, with the bill, when the disk cannot hold what is still missing."""
     free = shutil.disk_usage(folder).free
-    bill = {each.entry.name: each.transfer.missing + each.entry.unpacked for each in missing}
+    bill = {each.entry.name: each.bytes_needed for each in missing}
     needed = sum(bill.values())
     parts = ", ".join(f"{name} {size / GB:.1f} GB" for name, size in bill.items())
     logger.info("to download, with room to unpack: %s; %.1f GB are free at %s", parts, free / GB, folder)

@@ -79,8 +79,13 @@ class Transfer:
         self._known = {file.remote.name: self._take_up(file, before.get(file.remote.name)) for file in files}
 
     @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(known.size for known in self._known.values())
+
+    @property
     def missing(self) -> int:
-        """Bytes."""
+        """Bytes that are not here yet."""
         return sum(known.size - sum(known.done) for known in self._known.values())
 
     def run(self, label: str) -> dict[Path, str]:
@@ -183,7 +188,7 @@ class Transfer:
     def _verify(self, label: str) -> dict[Path, str]:
         """One pass over what was written. Parts of one file are read in their order, so that its own digest comes out too."""
         wholes: dict[Path, hashlib._Hash] = {}
-        with Progress(f"verifying {label}", sum(file.remote.size for file in self.files), "bytes") as bar:
+        with Progress(f"verifying {label}", self.size, "bytes") as bar:
             for file in self.files:
                 whole, part = wholes.setdefault(file.path, hashlib.sha256()), _hasher(file.remote)
                 _feed((whole, part), file, bar)
