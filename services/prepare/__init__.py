@@ -1,4 +1,4 @@
-"""One-shot: makes what a run starts from, out of packages only: model, encoder, corpus, questions, demonstrations.
+"""One-shot: what a run starts from: model, encoder, corpus, questions, demonstrations; out of packages, the hub, or your files.
 
 | module         | what it makes or does                                                              |
 |----------------|------------------------------------------------------------------------------------|
@@ -12,6 +12,14 @@
 | demonstrations | worked examples for the warm start, with what the retriever really returns         |
 | recall         | how often the retriever finds the gold passage, by kind of question                |
 | rows           | checks every row of a corpus and questions that the user brings                    |
+| catalogue      | what `hub:NAME` stands for                                                         |
+| fetch          | which names a configuration holds, whether the disk has room, one output for each  |
+| hub            | asks the hub for files, sizes and digests                                          |
+| transfer       | brings the bytes: several ranges at once, gone on with after any break, verified   |
+| question_files | rows out of JSONL, CSV, parquet, SQuAD                                             |
+| question_rows  | from a row to a question                                                           |
+| convert        | any such files to the one JSONL that the trainer reads                             |
+| summary        | what a person wants to know of questions before training on them                   |
 
-The index is the retriever's own: it builds one when it first sees a corpus.
+The index is the retriever's own: it builds one, or adopts a published one, when it first sees a corpus.
 """

@@ -14,9 +14,10 @@ from typing import Annotated
 
 import typer
 
-from services.contract.config import Config, ConfigError, load_config
+from services.contract.config import Config, ConfigError, QuestionFile, load_config, mix_problem
 from services.contract.telemetry import configure_logging, format_seconds
 from services.prepare.errors import PrepareError
+from services.prepare.question_rows import Located, locate
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 logger = logging.getLogger("prepare")
@@ -46,6 +47,40 @@ def recall(config: ConfigPath = None) -> None:
     from services.prepare.assets import report_recall
 
     print(report_recall(load_config(config)))
+
+
+@cli.command()
+def check(
+    files: Annotated[list[Path] | None, typer.Argument(help="Files of questions; without any, those of the configuration.")] = None,
+    config: ConfigPath = None,
+) -> None:
+    """Print what files of questions hold: rows, sources, lengths, broken and repeated ones, overlaps. Exit code 1: not usable."""
+    from services.prepare.summary import report, summarize
+
+    summaries = [summarize(name, located) for name, located in _question_sets(files or [], config)]
+    print(report(summaries))
+    problem = None if files else mix_problem(load_config(config).data.mix, summaries[0].sources)
+    if problem:
+        print(f"\n{problem}")
+    if problem or not all(summary.usable for summary in summaries):
+        raise typer.Exit(1)
+
+
+def _question_sets(files: list[Path], config: Path | None) -> list[tuple[str, list[Located]]]:
+    if files:
+        return [(str(path), [Located(QuestionFile(path=path), path, path.name.partition(".")[0])]) for path in files]
+    settings = load_config(config)
+    paths = {"train_questions": settings.data.train_path, "eval_questions": settings.data.eval_path}
+    in_place = {key: [Located(QuestionFile(path=path), path, path.stem)] for key, path in paths.items()}
+    return [(key, locate(settings, key) or in_place[key]) for key in paths]
+
+
+@cli.command("catalogue")
+def catalogue_() -> None:
+    """What `hub:NAME` can name."""
+    from services.prepare.catalogue import catalogue_table
+
+    print(catalogue_table())
 
 
 def _run(work: Callable[[Config], None], config: Config) -> None:

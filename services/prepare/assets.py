@@ -4,6 +4,8 @@
 |-------------|-----------------------------|-------------------------------------------------------|
 | factbook    | made here                   | made here with the running retriever                  |
 | folder      | the user's, every row checked | the user's, checked; not needed without a warm start |
+
+What is named by `hub:NAME` is downloaded before all else; questions that are not in the trainer's own form are converted.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ import msgspec
 
 from services.contract.config import Config
 from services.prepare import models, rows
+from services.prepare.convert import convert_step
 from services.prepare.demonstrations import write_demonstrations
 from services.prepare.errors import PrepareError
 from services.prepare.factbook import PACKAGE as FACTBOOK
 from services.prepare.factbook import load_places
+from services.prepare.fetch import fetch
 from services.prepare.passages import build_passages, write_corpus
 from services.prepare.questions import FactQuestion, build_questions, split_places
 from services.prepare.recall import measure_recall, table
@@ -37,6 +41,7 @@ TRANSCRIPT = "../contract/transcript"
 
 def prepare_assets(config: Config) -> None:
     """Model, encoder, corpus and questions. Raises PrepareError."""
+    fetch(config)
     for step in asset_steps(config):
         run_step(step)
 
@@ -63,9 +68,9 @@ def asset_steps(config: Config) -> Iterator[Step]:
     yield from _policy_step(config)
     yield from _encoder_step(config)
     if config.data.source == "folder":
-        yield _check_step(config, "corpus", config.data.corpus_path, rows.check_corpus)
-        yield _check_step(config, "train_questions", config.data.train_path, rows.check_questions)
-        yield _check_step(config, "eval_questions", config.data.eval_path, rows.check_questions)
+        yield from _corpus_check(config)
+        yield _question_file_step(config, "train_questions", config.data.train_path)
+        yield _question_file_step(config, "eval_questions", config.data.eval_path)
     else:
         yield corpus_step(config)
         yield question_step(config, held_out=False)
@@ -170,6 +175,21 @@ def _check_step(config: Config, key: str, path: Path, check: Callable[[Path, str
         out.write_text(json.dumps({"file": str(path), "rows": count}) + "\n")
 
     return Step(f"check of {key}", config.data.directory / "checks" / f"{key}.json", inputs, make)
+
+
+def _corpus_check(config: Config) -> Iterator[Step]:
+    path = config.data.corpus_path
+    if path.is_file() and rows.is_packed(path):
+        logger.info("corpus: %s is compressed; the retriever unpacks it and checks its rows", path)
+    else:
+        yield _check_step(config, "corpus", path, rows.check_corpus)
+
+
+def _question_file_step(config: Config, key: str, path: Path) -> Step:
+    if not config.data.question_files(key):
+        return _check_step(config, key, path, rows.check_questions)
+    _refuse_foreign(path, f"data.{key}", f"data.{key} to that file")
+    return convert_step(config, key, path)
 
 
 def _refuse_foreign(chosen: Path | None, key: str, mend: str) -> None:

@@ -28,6 +28,13 @@ SHAPES = {
 }
 
 
+def is_packed(path: Path) -> bool:
+    """Whether the retriever will unpack this corpus: gzip or tar, told by content."""
+    with path.open("rb") as file:
+        head = file.read(262)
+    return head.startswith(b"\x1f\x8b") or head[257:262] == b"ustar"
+
+
 def check_corpus(path: Path, key: str) -> int:
     """The number of passages."""
 

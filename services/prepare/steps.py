@@ -6,7 +6,8 @@
 | no manifest (a run was cut off before it)         | made again                                 |
 | fingerprint differs (settings, packages, code)    | made again                                 |
 | a file is missing, truncated or changed           | made again                                 |
-| a temporary left behind by a killed run           | removed, then as above                     |
+| a temporary left behind by a killed run           | removed, then as above; of a download: it  |
+|                                                   | goes on there                              |
 
 A file `x` has the manifest `x.manifest.json`; a folder holds its own `manifest.json`. Digests are compared for files of
 up to 64 MiB, sizes for all. Two `prepare` processes at once on the same folder are not provided for.
@@ -46,7 +47,10 @@ class Step:
     output: Path
     inputs: Mapping[str, Any]
     """All that decides the output's bytes: settings, package versions, code. JSON values."""
-    make: Callable[[Path], None]
+    make: Callable[[Path], Mapping[str, str] | None]
+    """It may return the SHA-256 of files that it has read itself, by their name in the output, so that they are not read again."""
+    resumable: bool = False
+    """What an earlier try left under the temporary name is kept, for `make` to go on with."""
 
     @property
     def temporary(self) -> Path:
@@ -67,14 +71,16 @@ def run_step(step: Step) -> bool:
     started = time.monotonic()
     try:
         step.output.parent.mkdir(parents=True, exist_ok=True)
-        _remove(step.temporary)
-        step.make(step.temporary)
-        _publish(step)
+        if not step.resumable:
+            _remove(step.temporary)
+        digests = step.make(step.temporary)
+        _publish(step, digests or {})
     except OSError as error:
         raise PrepareError(f"{step.name}: {step.output} could not be made: {error}; mend that and start again") from error
     finally:
-        with contextlib.suppress(OSError):  # the first error is the one to tell
-            _remove(step.temporary)
+        if not step.resumable:
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                _remove(step.temporary)
     logger.info("%s: done in %s", step.name, format_seconds(time.monotonic() - started))
     return True
 
@@ -115,11 +121,11 @@ def _broken_file(output: Path, files: Mapping[str, Mapping[str, Any]]) -> str | 
     return None
 
 
-def _publish(step: Step) -> None:
+def _publish(step: Step, digests: Mapping[str, str]) -> None:
     """The old output loses its manifest first: at no moment does a manifest stand beside a file it does not describe."""
     made = step.temporary
     manifest_path(step.output).unlink(missing_ok=True)
-    manifest = {"fingerprint": step.fingerprint, "inputs": dict(step.inputs), "files": describe(made, step.output.name)}
+    manifest = {"fingerprint": step.fingerprint, "inputs": dict(step.inputs), "files": describe(made, step.output.name, digests)}
     if made.is_dir():
         _write_synced(made / MANIFEST, json.dumps(manifest, indent=1))
         sync(made)
@@ -134,12 +140,12 @@ def _publish(step: Step) -> None:
     sync(step.output.parent)
 
 
-def describe(made: Path, name: str) -> dict[str, dict[str, Any]]:
-    """Bytes and digest of a file, or of every file in a folder; each is synced to disk first."""
+def describe(made: Path, name: str, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Bytes and digest (computed unless it is in `digests`) of a file, or of every file in a folder; each is synced first."""
     paths = {str(p.relative_to(made)): p for p in sorted(made.rglob("*")) if p.is_file()} if made.is_dir() else {name: made}
     for path in paths.values():
         sync(path)
-    return {key: {"bytes": path.stat().st_size, "sha256": sha256(path)} for key, path in paths.items()}
+    return {key: {"bytes": path.stat().st_size, "sha256": digests.get(key) or sha256(path)} for key, path in paths.items()}
 
 
 def sha256(path: Path) -> str:

@@ -22,6 +22,7 @@ from services.retriever.files import need_room, sole_writer, sync, written_whole
 from services.retriever.flat_file import HEADER, flat_header
 from services.retriever.index import FaissIndex, kind, new_index
 from services.retriever.manifest import (
+    Identity,
     Manifest,
     corpus_digest,
     identify,
@@ -39,21 +40,27 @@ COPY_BYTES = 64 << 20
 
 def import_index(config: Config, parts: Sequence[Path]) -> Manifest:
     """Adopt the index that `parts`, one after another, are. Raises IndexMismatch naming what does not fit."""
-    for part in parts:
-        if not part.is_file():
-            raise RetrieverError(f"{part}: no such file; give the index file, or its parts in their order")
     folder = config.data.index_folder
     with sole_writer(folder):
         corpus, encoder = Corpus.open(config.data.corpus_path), describe_encoder(config, "passage")
         identity = identify(encoder, corpus, corpus_digest(corpus.path, readable_manifest(folder, Manifest)))
-        _check_header(parts, len(corpus), encoder.dimension)
-        with written_whole(index_path(folder)) as temporary:
-            _bring(parts, temporary)
-            _check_content(config, temporary, encoder, corpus)
-            manifest_path(folder).unlink(missing_ok=True)
-            sync(folder)
-        manifest = make_manifest(folder, identity, corpus, encoder.name, config.retriever.index_factory, imported=True)
-        write_manifest(folder, manifest)
+        return adopt(config, parts, corpus, encoder, identity)
+
+
+def adopt(config: Config, parts: Sequence[Path], corpus: Corpus, encoder: EncoderDescription, identity: Identity) -> Manifest:
+    """As `import_index`, by who already is the index folder's sole writer."""
+    folder = config.data.index_folder
+    for part in parts:
+        if not part.is_file():
+            raise RetrieverError(f"{part}: no such file; give the index file, or its parts in their order")
+    _check_header(parts, len(corpus), encoder.dimension)
+    with written_whole(index_path(folder)) as temporary:
+        _bring(parts, temporary)
+        _check_content(config, temporary, encoder, corpus)
+        manifest_path(folder).unlink(missing_ok=True)
+        sync(folder)
+    manifest = make_manifest(folder, identity, corpus, encoder.name, config.retriever.index_factory, imported=True)
+    write_manifest(folder, manifest)
     log.info("index imported: %s passages, dimension %d, %s", f"{len(corpus):,}", identity.dimension, manifest.factory)
     return manifest
 

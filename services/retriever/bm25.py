@@ -139,7 +139,8 @@ def load_bm25(config: Config, rebuild: str, say: Say) -> Bm25Index:
     corpus = Corpus.open(config.data.corpus_path)
     say("starting Java")
     start_jvm(settings.heap)
-    folder, facts = (settings.index, {}) if settings.index else _built_index(config, corpus, rebuild, say)
+    adopted = config.data.local(settings.index)
+    folder, facts = (adopted, {}) if adopted else _built_index(config, corpus, rebuild, say)
     mend = mend_of(config, rebuild)
     say("opening the BM25 index")
     index = LuceneIndex(folder, settings.k1, settings.b, mend)
@@ -147,7 +148,7 @@ def load_bm25(config: Config, rebuild: str, say: Say) -> Bm25Index:
     index.check_integrity(mend)
     docids = match_docids(index, corpus, mend, say)
     info = {
-        "index": "adopted" if settings.index else "built",
+        "index": "adopted" if adopted else "built",
         "k1": settings.k1,
         "b": settings.b,
         "analyzer": index.analyzer,

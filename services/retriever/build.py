@@ -1,5 +1,7 @@
 """`index build`: corpus to embeddings to FAISS index, each step skipped when its output is there, whole and matching.
 
+Where `data.index` names a published index, that one is adopted instead (see `adopt`).
+
 | on disk                                              | means                            | the next `index build`       |
 |------------------------------------------------------|----------------------------------|------------------------------|
 | manifest.json, index.faiss, all fields equal         | whole                            | does nothing                 |
@@ -53,7 +55,11 @@ def build_index(config: Config) -> Manifest:
         if known and not problems:
             log.info("index at %s is whole and matches (%s passages, %s): nothing to do", folder, f"{len(corpus):,}", known.factory)
             return known
-        log.info("building the index at %s: %s", folder, "; ".join(problems))
+        log.info("making the index at %s: %s", folder, "; ".join(problems))
+        if parts := config.data.index_parts:
+            from services.retriever.adopt import adopt  # faiss
+
+            return adopt(config, parts, corpus, encoder, identity)
         return _build(config, corpus, encoder, identity)
 
 

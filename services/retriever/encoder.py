@@ -107,7 +107,7 @@ def describe_encoder(config: Config, role: Role) -> EncoderDescription:
     settings = config.retriever
     if settings.encoder_family == "hashing":
         return EncoderDescription(HashingEncoder.NAME, HashingEncoder.NAME, FAMILIES["hashing"], HashingEncoder.DIMENSION, 0, None)
-    folder = (settings.passage_encoder if role == "passage" else None) or config.encoder_path
+    folder = (config.data.local(settings.passage_encoder) if role == "passage" else None) or config.encoder_path
     if not (folder / "config.json").is_file():
         raise RetrieverError(f"{folder}: no encoder here (config.json is missing); run `prepare`, or set retriever.encoder")
     model = _model_config(folder)

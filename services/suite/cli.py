@@ -25,7 +25,9 @@ SHARED_ENVIRONMENT = {
 
 app = typer.Typer(help="Trains language models to search.", no_args_is_help=True, add_completion=False)
 config_app = typer.Typer(help="Look at a run's configuration.", no_args_is_help=True)
+data_app = typer.Typer(help="Look at questions before training on them.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(data_app, name="data")
 
 ConfigOption = Annotated[str, typer.Option("--config", "-c", envvar="FORAGE_CONFIG", help="A TOML file.")]
 
@@ -69,7 +71,31 @@ def up(
 def index(context: typer.Context) -> None:
     """`index build`, `index check`, `index import PATH…`: the retriever's index, by the retriever's own command."""
     os.environ.setdefault("FORAGE_CONFIG", DEFAULT_CONFIG)
-    os.execv(sys.executable, [sys.executable, "-m", "services.retriever", "index", *context.args])
+    _become("services.retriever", "index", *context.args)
+
+
+def _become(module: str, *arguments: str) -> None:
+    """A service's own command in place of this process: no service imports another."""
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
+
+
+@app.command()
+def prepare(config: ConfigOption = DEFAULT_CONFIG) -> None:
+    """Download or make what the run starts from: models, corpus, questions. What is here and whole is skipped."""
+    _become("services.prepare", "assets", "--config", config)
+
+
+@data_app.command("check", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def data_check(context: typer.Context) -> None:
+    """`data check FILE…` or `data check --config C`: rows, sources, lengths, broken and repeated ones, overlaps."""
+    os.environ.setdefault("FORAGE_CONFIG", DEFAULT_CONFIG)
+    _become("services.prepare", "check", *context.args)
+
+
+@data_app.command("catalogue")
+def data_catalogue() -> None:
+    """What `hub:NAME` can name in a configuration."""
+    _become("services.prepare", "catalogue")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import urllib.error
 import urllib.request
@@ -41,6 +42,8 @@ def make_plan(config: Config, config_path: str, folder: Path, redis_port: int, r
         heartbeat = folder / f"{name}.heartbeat"
         options.setdefault("is_ready", lambda: _beats(heartbeat))
         environment = {"FORAGE_HEARTBEAT_FILE": str(heartbeat)}
+        if module == "prepare":  # the only one that downloads, and only what the configuration names
+            environment["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "0")
         command = [sys.executable, "-m", f"services.{module}", *arguments, "--config", config_path]
         return Service(name, command, after, environment=environment, **options)  # type: ignore[arg-type]
 

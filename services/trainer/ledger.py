@@ -60,6 +60,8 @@ class Ledger(msgspec.Struct):
     consumed_beyond: list[int] = []
     """Consumed ones at or after `next_index`, sorted."""
     evaluations: list[Evaluation] = []
+    order: str = ""
+    """Fingerprint of the order that the numbers above count in. "": a run that was begun before it was kept."""
 
     @property
     def has_learned(self) -> bool:

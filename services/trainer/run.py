@@ -64,7 +64,8 @@ class Lead:
         self.journal = Journal(config.run.folder, ledger.warm_step, ledger.step)
         self.publisher = Publisher(config, PolicyBoard(client, config.run.name), check_stop)
         collector = Collector(self.store, config.trainer.collect_timeout_s, check_stop)
-        order = TrainingOrder(read_questions(config.data.train_path), config.run.seed)
+        order = TrainingOrder(read_questions(config.data.train_path), config.run.seed, config.data.mix)
+        _compare_order(ledger, order)
         self.batches = Batches(config, self.store, collector, order, ledger)
         self.batches.forget_consumed()
         held_out = stratified(read_questions(config.data.eval_path), config.trainer.eval_questions, config.run.seed)
@@ -270,6 +271,17 @@ def on_lead_with_ranks(work: Callable[[], Any], tensors: Any) -> None:
             pass
     if dist.get_world_size() > 1:
         dist.barrier()
+
+
+def _compare_order(ledger: Ledger, order: TrainingOrder) -> None:
+    """The cursor is a number: with other questions, seed or mixture it means others, and some may come twice or never."""
+    if ledger.order not in ("", order.fingerprint):
+        logger.warning(
+            "the training questions, data.mix or run.seed have changed since the last checkpoint: question number %d and those "
+            "after it are counted in the new order, so some may be asked again in this epoch and others not",
+            ledger.next_index,
+        )
+    ledger.order = order.fingerprint
 
 
 def _progress(ledger: Ledger) -> tuple[str, int, int]:

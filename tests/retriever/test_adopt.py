@@ -11,7 +11,7 @@ import faiss
 import numpy as np
 import pytest
 
-from services.contract.config import Config
+from services.contract.config import Config, ConfigError
 from services.retriever.adopt import import_index
 from services.retriever.build import build_index
 from services.retriever.check import check_index, sample_problems
@@ -70,6 +70,36 @@ def test_parts_are_joined_in_order(config: Config, published: Path, size: int) -
     import_index(config, split(published, max(size, 4500)) if size < 4500 else split(published, size))
     assert (config.data.index_folder / "index.faiss").read_bytes() == published.read_bytes()
     assert first_row(load(config), query(3)) == 3
+
+
+def naming(config: Config, index: Path) -> Config:
+    """`data.index` is that file or folder."""
+    data = config.data.model_copy(update={"source": "folder", "index": index})
+    return config.model_copy(update={"data": data})
+
+
+def test_build_adopts_the_index_that_the_configuration_names(config: Config, published: Path) -> None:
+    manifest = build_index(naming(config, published))
+    assert manifest.imported
+    assert (config.data.index_folder / "index.faiss").samefile(published)
+    assert not (config.data.index_folder / "embeddings.npy").exists()
+    stamp = (config.data.index_folder / "manifest.json").stat().st_mtime_ns
+    build_index(naming(config, published))
+    assert (config.data.index_folder / "manifest.json").stat().st_mtime_ns == stamp
+
+
+def test_build_adopts_the_parts_of_a_folder(config: Config, published: Path) -> None:
+    split(published, 100_000)
+    published.rename(published.with_name("whole"))
+    build_index(naming(config, published.parent))
+    assert (config.data.index_folder / "index.faiss").read_bytes() == published.with_name("whole").read_bytes()
+
+
+def test_a_named_index_that_is_not_there_is_told(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(RetrieverError, match="nowhere.index: no such file"):
+        build_index(naming(config, tmp_path / "nowhere.index"))
+    with pytest.raises(ConfigError, match=r"data.index: .* holds no part_\* files"):
+        build_index(naming(config, config.data.directory))
 
 
 def test_build_after_an_import_does_nothing(config: Config, published: Path) -> None:

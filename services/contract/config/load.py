@@ -17,10 +17,11 @@ from typing import Any, get_args
 from pydantic import SecretStr, ValidationError, model_validator
 
 from services.contract.config.base import ConfigError, Section
+from services.contract.config.data import DataConfig, hub_name
 from services.contract.config.retriever import RetrieverConfig
 from services.contract.config.reward import RewardConfig
 from services.contract.config.rollout import RolloutConfig
-from services.contract.config.run import DataConfig, ModelConfig, RedisConfig, RunConfig, WeightsConfig
+from services.contract.config.run import ModelConfig, RedisConfig, RunConfig, WeightsConfig
 from services.contract.config.trainer import TrainerConfig
 
 PREFIX = "FORAGE_"
@@ -52,11 +53,11 @@ class Config(Section):
 
     @property
     def model_path(self) -> Path:
-        return self.model.path or self.data.policy_path
+        return self.data.local(self.model.path) or self.data.policy_path
 
     @property
     def encoder_path(self) -> Path:
-        return self.retriever.encoder or self.data.encoder_path
+        return self.data.local(self.retriever.encoder) or self.data.encoder_path
 
     @property
     def weights_folder(self) -> Path:
@@ -76,6 +77,10 @@ def _contradictions(config: Config) -> list[str]:
     rollout, trainer = config.rollout, config.trainer
     if config.model.source == "folder" and config.model.path is None:
         found.append('model.source = "folder" needs model.path: set it to a Hugging Face folder')
+    if hub_name(config.model.path) and config.model.source != "folder":
+        found.append('model.path = "hub:NAME" needs model.source = "folder": set it')
+    if hub_name(config.retriever.rerank.model):
+        found.append("retriever.rerank.model takes no hub:NAME: download the model and give its folder")
     if rollout.topk > config.retriever.max_topk:
         found.append(f"rollout.topk {rollout.topk} is above retriever.max_topk {config.retriever.max_topk}: lower it")
     if rollout.max_turn_tokens > rollout.max_response_tokens:

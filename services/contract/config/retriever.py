@@ -15,7 +15,7 @@ class Bm25Config(Section):
     """Lucene's BM25, by pyserini."""
 
     index: Path | None = None
-    """A Lucene index folder. None: that of `<data.directory>/bm25`, which `index build` makes."""
+    """A Lucene index folder, or `hub:NAME`. None: that of `<data.directory>/bm25`, which `index build` makes."""
     k1: Annotated[float, Field(ge=0)] = 0.9
     """How slowly repeated words stop to count."""
     b: Fraction = 0.4
@@ -111,7 +111,7 @@ class RetrieverConfig(Section):
     backends: Annotated[list[BackendName], Field(min_length=1)] = ["dense"]
     """What is served; the first answers requests that do not say. Only what is named is loaded (`hybrid` needs dense and bm25)."""
     encoder: Path | None = None
-    """A Hugging Face folder of an embedding model. None: `<data.directory>/models/encoder`."""
+    """A Hugging Face folder of an embedding model, or `hub:NAME`. None: `<data.directory>/models/encoder`."""
     passage_encoder: Path | None = None
     """The folder that encodes passages, where it is another model than the queries', as DPR's two halves are. None: `encoder`."""
     encoder_family: Literal["auto", "e5", "bge", "dpr", "contriever", "t5", "minilm", "plain", "hashing"] = "auto"

@@ -1,4 +1,4 @@
-"""The run itself: its name, model, data, shared volume and Redis."""
+"""The run itself: its name, model, shared volume and Redis."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, model_validator
 
-from services.contract.config.base import NonNegative, Positive, Seconds, Section
+from services.contract.config.base import Positive, Seconds, Section
 
 
 class RunConfig(Section):
@@ -25,73 +25,12 @@ class RunConfig(Section):
 
 class ModelConfig(Section):
     source: Literal["smollm2-135m", "tiny", "folder"] = "smollm2-135m"
-    """Where `prepare` takes the starting policy from: a package, a tiny random model, or `path` as it is."""
+    """Where `prepare` takes the starting policy from: a package, a tiny random model, or `path`."""
     path: Path | None = None
-    """A Hugging Face folder. None: `<data.directory>/models/policy`, which `prepare` writes."""
+    """A Hugging Face folder, or `hub:NAME` of one that `prepare` downloads (`./forage data catalogue`). None:
+    `<data.directory>/models/policy`, which `prepare` writes."""
     max_context: Positive = 2048
     """Prompt and response together never exceed this many tokens."""
-
-
-class DataConfig(Section):
-    directory: Path = Path("var/data")
-    """What `prepare` makes: models, corpus, questions, demonstrations, index."""
-    source: Literal["factbook", "folder"] = "factbook"
-    """`folder`: corpus and questions are yours, already in place (see `corpus`, `train_questions`, `eval_questions`)."""
-    corpus: Path | None = None
-    """JSONL with `id` and `contents` ("title", newline, text). None: `<directory>/corpus.jsonl`."""
-    train_questions: Path | None = None
-    """JSONL with `id`, `source`, `question`, `golden_answers`. None: `<directory>/questions/train.jsonl`."""
-    eval_questions: Path | None = None
-    demonstrations: Path | None = None
-    corpus_countries: NonNegative = 0
-    """Use only the first so many countries of the Factbook; 0 takes all."""
-    demonstration_count: NonNegative = 96
-    """How many demonstrations `prepare` writes for the warm start."""
-    instruction: str = (
-        "Answer the question at the end. Write your reasoning between <think> and </think>. Whenever a fact is missing, "
-        "write a query between <search> and </search>; passages that were found come back between <information> and "
-        "</information>, and you may search again. Once you know, write only the answer, as short as possible, between "
-        "<answer> and </answer>.\n\nQuestion: {question}"
-    )
-    """The user's message; `{question}` is replaced by the question."""
-    system: str | None = None
-    """A system message before it. None leaves that to the model's chat template."""
-    chat_template: bool = True
-    """False: the prompt is the instruction as plain text."""
-
-    @model_validator(mode="after")
-    def _instruction_has_a_question(self) -> DataConfig:
-        if "{question}" not in self.instruction:
-            raise ValueError("data.instruction has no {question} in it: add it where the question belongs")
-        return self
-
-    @property
-    def policy_path(self) -> Path:
-        return self.directory / "models" / "policy"
-
-    @property
-    def encoder_path(self) -> Path:
-        return self.directory / "models" / "encoder"
-
-    @property
-    def corpus_path(self) -> Path:
-        return self.corpus or self.directory / "corpus.jsonl"
-
-    @property
-    def train_path(self) -> Path:
-        return self.train_questions or self.directory / "questions" / "train.jsonl"
-
-    @property
-    def eval_path(self) -> Path:
-        return self.eval_questions or self.directory / "questions" / "eval.jsonl"
-
-    @property
-    def demonstrations_path(self) -> Path:
-        return self.demonstrations or self.directory / "demonstrations.jsonl"
-
-    @property
-    def index_folder(self) -> Path:
-        return self.directory / "index"
 
 
 class WeightsConfig(Section):
