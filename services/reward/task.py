@@ -4,7 +4,8 @@
 |--------------------------------------------------|-------------------------------|---------------------------------------|
 | graded now, graded before, or gone               | acknowledged                  | has its reward, announced once        |
 | Redis away                                       | back to the queue             | waits                                 |
-| an error, a value that is no reward, soft limit  | back to the queue             | has one try less                      |
+| an error, a value that is no reward              | back to the queue after `reward.retry_pause_s` | has one try less     |
+| soft limit                                       | back to the queue             | has one try less                      |
 | hard limit, process killed (out of memory, ...)  | back to the queue, by Celery  | has one try less                      |
 | whole worker killed, machine gone                | to another, after the broker's visibility timeout | has one try less  |
 | the last of `reward.max_tries` tries failed      | acknowledged                  | its group is buried, with the reason  |
@@ -104,6 +105,8 @@ class Grader:
             return self._give_up(attempt, reason, failure)
         self.metrics.count_failure(failure)
         self.tries.note(attempt, reason)
+        if failure == "error":  # the soft limit may end the pause early: the message goes back to the queue all the same
+            time.sleep(self.config.reward.retry_pause_s * 2 ** (attempt.number - 1))
         raise TryFailed(f"try {attempt.number} of {self.config.reward.max_tries} failed, {reason}")
 
     def _give_up(self, attempt: Try, reason: str, failure: Failure | None = None) -> Outcome:

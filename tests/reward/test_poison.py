@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -139,9 +140,17 @@ def store(redis_client: redis.Redis) -> GroupStore:
 def grader(redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Grader:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "always_fails.py").write_text("def reward(episode): raise ValueError('no such judge')")
-    reward = {"function": "always_fails:reward", "max_tries": 2}
+    reward = {"function": "always_fails:reward", "max_tries": 2, "retry_pause_s": 0.2}
     config = Config.model_validate({"run": {"name": "test"}, "redis": {"url": redis_url}, "reward": reward})
     return Grader(config, Metrics())
+
+
+def test_a_try_that_failed_by_an_error_is_not_made_again_at_once(store: GroupStore, grader: Grader) -> None:
+    store.store(make_trajectory("t0", 0))
+    started = time.monotonic()
+    with pytest.raises(TryFailed):
+        grader.grade("t0/0")
+    assert time.monotonic() - started >= 0.2
 
 
 def test_a_group_that_is_still_being_played_is_left_until_it_is_finished(store: GroupStore, grader: Grader) -> None:

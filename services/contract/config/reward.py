@@ -31,6 +31,8 @@ class RewardConfig(Section):
     """`module:function` that decides the reward; it is shown the built-in one."""
     max_tries: Positive = 3
     """A trajectory whose grading has failed so often (an error, a time limit, a killed process) takes its group to `dead`."""
+    retry_pause_s: Annotated[float, Field(ge=0, le=60)] = 1.0
+    """Pause after a try that failed by an error, for a judge that is overloaded; twice as long after the second, and so on."""
     database: Annotated[int, Field(ge=0, le=15)] = 1
     """Celery's own Redis database number."""
     concurrency: Positive = 1
