@@ -10,7 +10,7 @@
 | graded    | `grade`, once per trajectory             | Celery delivers the task again; the second time changes nothing        |
 | collected | the trainer read it, nothing is acknowledged | a new trainer reads its pending entries again                      |
 | released  | `release`, after the checkpoint is durable | done again; releasing twice changes nothing                          |
-| dead      | `fail` beyond `max_attempts`             | the trainer's pending entry of `dead` is read again                    |
+| dead      | `fail` beyond `max_attempts`             | a trainer that dies with the letter in hand: a new one feeds it again  |
 | dead      | `GradingTries.bury`: one of its samples cannot be graded | Celery delivers again, or the sweep asks again          |
 
 A finished group leaves by `collected` or, when one of its samples can never be graded, by `dead`: it is never waited for in vain.
@@ -223,7 +223,7 @@ class GroupStore:
 
     # -- the trainer collects ------------------------------------------------------------------------------------------
 
-    def read_graded(self, count: int, block_ms: int, pending_after: bytes | None = None) -> list[Graded]:
+    def read_graded(self, count: int, block_ms: int | None, pending_after: bytes | None = None) -> list[Graded]:
         """Graded trajectories, unacknowledged. `pending_after`: those a former trainer had read, after that entry id."""
         start = ">" if pending_after is None else pending_after
         entries = self._read(self.keys.graded, TRAINER_GROUP, TRAINER, start, count, block_ms)

@@ -14,7 +14,7 @@ import threading
 from services.contract.config import Config, ConfigError, load_config
 from services.contract.store import RedisAway
 from services.contract.telemetry import Heartbeat, configure_logging
-from services.contract.weights import NoSpace
+from services.contract.weights import NoSpace, WeightsError
 
 LINGER_BEAT_S = 5.0
 
@@ -57,6 +57,8 @@ def _run(config: Config, logger, linger: bool) -> int:  # noqa: ANN001
         return _say(logger, error, 2)
     except (CollectTimeout, RedisAway, NoSpace) as error:
         return _say(logger, error, 1)
+    except WeightsError as error:
+        return _say(logger, error, 2)
     finally:
         distributed.shutdown()
     if linger and lead:

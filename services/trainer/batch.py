@@ -3,6 +3,15 @@
 Two guards bound staleness. `feed` admits a group only while fewer than (max_staleness + 1) × groups_per_step are outstanding,
 so the rollout cannot run far ahead; `next_batch` checks every group when the batch is cut and feeds a stale one again.
 
+| a group that does not come          | with max_staleness = 0                                 | with more                         |
+|-------------------------------------|--------------------------------------------------------|-----------------------------------|
+| its worker or engine died           | another plays it; the batch waits for it               | the batch is cut of others        |
+| a straggler                         | waited for until its deadline (rollout/worker.py)      | the batch is cut of others; if it |
+|                                     |                                                        | comes too stale, it is fed again  |
+| given up (`dead`), counted as lost  | the next question is fed in its place                  | the same                          |
+| nobody plays or grades at all       | after `collect_timeout_s` the run stops and says where | the same                          |
+|                                     | the groups are; the next start goes on                 |                                   |
+
 With `objective.dynamic_sampling` (DAPO, arXiv 2503.14476) a group whose rewards are all equal is dropped, its question counts as
 done, and the next one is fed in its place; after `dynamic_sampling_limit` × groups_per_step of them such groups are taken.
 """
@@ -14,6 +23,7 @@ from itertools import count
 
 from services.contract.config import Config
 from services.contract.groups import GroupStore
+from services.contract.messages import DeadLetter
 from services.trainer.collect import Collector, CompleteGroup
 from services.trainer.ledger import Ledger
 from services.trainer.objective.advantages import zero_variance
@@ -22,12 +32,20 @@ from services.trainer.shaping import shaped_rewards
 
 logger = logging.getLogger("trainer")
 
+CHANGED = (
+    "the training questions, data.mix, run.seed or samples_per_prompt have changed since the last checkpoint: what was in flight "
+    "is fed again; question number %d and those after it are counted in the new order, so some may be asked again in this epoch "
+    "and others not"
+)
+
 
 class Batches:
     """The training side of the prompts and graded streams. Lives on the lead rank."""
 
     def __init__(self, config: Config, store: GroupStore, collector: Collector, order: TrainingOrder, ledger: Ledger) -> None:
         self.config, self.store, self.collector, self.order, self.ledger = config, store, collector, order, ledger
+        self._cut: set[str] = set()
+        """Groups of the batch that is being put together: a Redis that lost its last writes may announce them again."""
         self.refed = 0
         """Groups that came back too stale and were fed again, since the start of this process."""
         self.lost = 0
@@ -51,28 +69,34 @@ class Batches:
     def next_batch(self) -> list[CompleteGroup]:
         """`groups_per_step` complete groups within the staleness bound, in the order of their questions."""
         wanted, batch = self.config.trainer.groups_per_step, []
+        self._cut.clear()
+        self._give_up_dead(self.collector.take_dead(self._size))
         may_drop = self.config.trainer.objective.dynamic_sampling_limit * wanted
         while len(batch) < wanted:
             self.feed()
             groups, dead = self.collector.wait(self._size, wanted - len(batch), on_idle=self.feed)
-            for letter in dead:
-                self._give_up(letter.group_id, letter.reason)
+            self._give_up_dead(dead)
             for group in filter(self._fresh_enough, groups):
                 if may_drop and self._teaches_nothing(group):
                     self._drop(group)
                     may_drop -= 1
                 else:
                     batch.append(group)
+                    self._cut.add(group.group_id)
         return sorted(batch, key=lambda group: group.group_id)
 
-    def forget_consumed(self) -> None:
-        """After a restart: release what the checkpoint contains but a crash kept from being acknowledged."""
+    def take_over(self) -> None:
+        """After a restart: release what the checkpoint contains but a crash kept from being acknowledged, and what was fed
+        from other questions or with another number of samples than the run has now."""
+        samples = max(self.ledger.samples, self.config.trainer.samples_per_prompt)
+        changed = self.ledger.count_in(self.order.fingerprint, self.config.trainer.samples_per_prompt)
+        if changed:
+            logger.warning(CHANGED, self.ledger.next_index)
         for group_id in self.store.in_flight():
             index = training_index(group_id)
-            if index is not None and self.ledger.is_consumed(index):
-                ids = [f"{group_id}/{sample}" for sample in range(self.config.trainer.samples_per_prompt)]
-                self.store.release(group_id, ids, [])
-        self.collector.discard(lambda g: (i := training_index(g)) is None or not self.ledger.is_consumed(i))
+            if index is not None and (changed or self.ledger.is_consumed(index)):
+                self._forget(group_id, samples)
+        self.collector.discard(lambda g: training_index(g) is None or not (changed or self._is_consumed(g)))
 
     def consume(self, groups: list[CompleteGroup]) -> None:
         """Count the questions of these groups as done, in the ledger."""
@@ -89,16 +113,18 @@ class Batches:
         """Only after the checkpoint that contains them is durable."""
         for group in groups:
             self.store.release(group.group_id, [t.id for t in group.trajectories], group.entry_ids)
+        self.collector.discard(lambda group_id: not self._is_consumed(group_id))
 
     def _feed_one(self, index: int) -> int:
         group = make_group(self.config, training_group_id(index), self.order[index], self.ledger.version, evaluate=False)
         return int(self.store.feed(group))
 
     def _fresh_enough(self, group: CompleteGroup) -> bool:
-        staleness = group.staleness(self.ledger.version)
-        if staleness <= self.config.trainer.max_staleness:
+        staleness = self.ledger.staleness(group.versions)
+        if staleness is not None and staleness <= self.config.trainer.max_staleness:
             return True
-        logger.info("group %s is %d versions old: it is fed again", group.group_id, staleness)
+        oldest, now = min(group.versions), self.ledger.version
+        logger.info("group %s was played by version %d, now it is %d: it is fed again", group.group_id, oldest, now)
         self.release([group])
         self.refed += 1
         return False  # it is outstanding no more, so the next `feed` takes its question first
@@ -113,11 +139,20 @@ class Batches:
         self.release([group])
         self.dropped += 1
 
-    def _give_up(self, group_id: str, reason: str) -> None:
-        logger.warning("group %s was given up: %s", group_id, reason)
-        self.lost += 1
-        if (index := training_index(group_id)) is not None:
-            self.ledger.consume([index])
+    def _give_up_dead(self, dead: list[DeadLetter]) -> None:
+        for letter in dead:
+            logger.warning("group %s was given up: %s", letter.group_id, letter.reason)
+            self.lost += 1
+            if (index := training_index(letter.group_id)) is not None:
+                self.ledger.consume([index])
+            self._forget(letter.group_id, self.ledger.samples)  # if it was fed again before its letter was read
+
+    def _forget(self, group_id: str, samples: int) -> None:
+        """Release a group that this process has not collected."""
+        self.store.release(group_id, [f"{group_id}/{sample}" for sample in range(samples)], [])
+
+    def _is_consumed(self, group_id: str) -> bool:
+        return (index := training_index(group_id)) is not None and self.ledger.is_consumed(index)
 
     def _outstanding(self) -> set[int]:
         indices = (training_index(group_id) for group_id in self.store.in_flight())
@@ -125,4 +160,6 @@ class Batches:
 
     def _size(self, group_id: str) -> int | None:
         index = training_index(group_id)
-        return None if index is None or self.ledger.is_consumed(index) else self.config.trainer.samples_per_prompt
+        if index is None or group_id in self._cut or self.ledger.is_consumed(index):
+            return None
+        return self.config.trainer.samples_per_prompt

@@ -43,10 +43,14 @@ class CompleteGroup(msgspec.Struct, frozen=True):
         mean = sum(played) / len(played) if played else 0.0
         return [mean if trajectory.status == "failed" else trajectory.reward or 0.0 for trajectory in self.trajectories]
 
-    def staleness(self, version: int) -> int:
-        """How many versions the oldest model token lags behind `version`; 0 if the model wrote nothing."""
-        lowest = [t.lowest_version for t in self.trajectories if t.lowest_version >= 0]
-        return version - min(lowest, default=version)
+    @property
+    def versions(self) -> set[int]:
+        """The policies that wrote its model tokens."""
+        return {version for trajectory in self.trajectories for version in versions_of(trajectory)}
+
+
+def versions_of(trajectory: Trajectory) -> set[int]:
+    return {part.version for span in trajectory.spans for part in span.versions}
 
 
 class Collector:
@@ -55,6 +59,7 @@ class Collector:
     def __init__(self, store: GroupStore, timeout_s: float, check_stop: Callable[[], None]) -> None:
         self.store, self.timeout_s, self.check_stop = store, timeout_s, check_stop
         self._notices: dict[str, dict[str, Graded]] = defaultdict(dict)
+        self._letters: list[DeadLetter] = []
         self._read_pending()
 
     def wait(
@@ -62,8 +67,8 @@ class Collector:
     ) -> tuple[list[CompleteGroup], list[DeadLetter]]:
         """`count` groups, finished or dead, of those whose `size(group_id)` says how many samples they have; None: not now.
 
-        `on_idle` is called whenever nothing has come for IDLE_S: it feeds again what a Redis that lost its last writes forgot.
-        Raises CollectTimeout.
+        Whenever nothing has come for IDLE_S, entries are read again whose delivery was lost with a connection, and `on_idle` is
+        called: it feeds again what a Redis that lost its last writes forgot. Raises CollectTimeout.
         """
         dead: list[DeadLetter] = []
         heard = nudged = time.monotonic()
@@ -73,28 +78,38 @@ class Collector:
                 return self._take(sorted(ready)[: max(0, count - len(dead))]), dead
             self.check_stop()
             fresh = self.store.read_graded(READ_COUNT, BLOCK_MS)
-            letters = [letter for letter in self.store.read_dead() if size(letter.group_id) is not None]
-            dead += letters
             self._keep(fresh)
-            self._forget({letter.group_id for letter in letters})
+            letters = self._take_dead(size)
+            dead += letters
             now = time.monotonic()
             if fresh or letters:
                 heard = nudged = now
             elif now - heard > self.timeout_s:
                 raise CollectTimeout(self._report())
             elif now - nudged > IDLE_S:
+                self._read_pending()
                 on_idle()
                 nudged = now
+
+    def take_dead(self, size: Callable[[str], int | None]) -> list[DeadLetter]:
+        """Groups that were given up, of those that `size` knows; what had been graded of them is released. The others' letters
+        are kept until somebody asks for them."""
+        self._keep(self.store.read_graded(READ_COUNT, None))  # a group's notices are older than its letter
+        return self._take_dead(size)
+
+    def _take_dead(self, size: Callable[[str], int | None]) -> list[DeadLetter]:
+        self._letters += self.store.read_dead()
+        taken = [letter for letter in self._letters if size(letter.group_id) is not None]
+        self._letters = [letter for letter in self._letters if size(letter.group_id) is None]
+        buried = {letter.group_id for letter in taken}
+        self.discard(lambda group_id: group_id not in buried)
+        return taken
 
     def discard(self, keep: Callable[[str], bool]) -> None:
         """Release groups that nobody will ask for: given up, of an evaluation that was over, or consumed before a crash."""
         for group_id in [g for g in self._notices if not keep(g)]:
             notices = self._notices.pop(group_id)
             self.store.release(group_id, list(notices), [n.entry_id for n in notices.values()])
-
-    def _forget(self, buried: set[str]) -> None:
-        """Release what had been graded of groups before they died."""
-        self.discard(lambda group_id: group_id not in buried)
 
     def _take(self, group_ids: list[str]) -> list[CompleteGroup]:
         return [group for group_id in group_ids if (group := self._load(group_id))]

@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
@@ -16,11 +17,14 @@ from services.contract.telemetry import Progress
 from services.trainer.collect import Collector
 from services.trainer.ledger import Evaluation
 from services.trainer.questions import make_group
+from services.trainer.room import write_durably
 from services.trainer.transcripts import transcript_row
 
 logger = logging.getLogger("trainer")
 
 FROM_PARTS = ("exact_match", "sub_match", "f1", "format")
+Patiently = Callable[[Callable[[], object]], object]
+"""Runs what it is given until the disk has room for it."""
 FIGURES = (*FROM_PARTS, "searches", "answered")
 
 
@@ -28,12 +32,24 @@ def evaluation_group_id(label: str, version: int, place: int) -> str:
     return f"e-{label}-v{version}-{place:05d}"
 
 
+def is_evaluation(group_id: str) -> bool:
+    return group_id.startswith("e-")
+
+
 class Evaluator:
     """Plays every question once and scores the whole and each kind. Lives on the lead rank."""
 
-    def __init__(self, config: Config, store: GroupStore, collector: Collector, questions: list[Question], folder: Path) -> None:
+    def __init__(
+        self,
+        config: Config,
+        store: GroupStore,
+        collector: Collector,
+        questions: list[Question],
+        folder: Path,
+        patiently: Patiently = lambda write: write(),
+    ) -> None:
         self.config, self.store, self.collector, self.questions = config, store, collector, questions
-        self.folder = folder
+        self.folder, self.patiently = folder, patiently
 
     def evaluate(self, label: str, version: int, step: int) -> Evaluation:
         """Scores of `version`. Questions whose group was given up count as wrong, and are told about."""
@@ -47,14 +63,19 @@ class Evaluator:
         played: dict[str, Trajectory] = {}
         missing = set(wanted)
 
+        def size(group_id: str) -> int | None:
+            return 1 if group_id in missing else None
+
         def feed() -> None:
             for group_id in sorted(missing):
                 self.store.feed(make_group(self.config, group_id, wanted[group_id], version, evaluate=True))
 
+        self._forget_others(missing)
+        self.collector.take_dead(size)  # of a process before this one: they are asked again
         feed()
         with Progress(f"evaluating ({label})", len(wanted), "questions") as bar:
             while missing:
-                groups, dead = self.collector.wait(lambda g: 1 if g in missing else None, 1, on_idle=feed)
+                groups, dead = self.collector.wait(size, 1, on_idle=feed)
                 for group in groups:
                     trajectory = group.trajectories[0]
                     self.store.release(group.group_id, [trajectory.id], group.entry_ids)
@@ -71,11 +92,18 @@ class Evaluator:
                     bar.advance()
         return played
 
+    def _forget_others(self, wanted: set[str]) -> None:
+        """Release the questions of an evaluation that a crash broke off and nobody will ask for again."""
+        for group_id in self.store.in_flight() - wanted:
+            if is_evaluation(group_id):
+                self.store.release(group_id, [f"{group_id}/0"], [])
+        self.collector.discard(lambda group_id: group_id in wanted or not is_evaluation(group_id))
+
     def _write_transcripts(self, label: str, step: int, wanted: dict[str, Question], played: dict[str, Trajectory]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         rows = [transcript_row(trajectory) for group_id in wanted if (trajectory := played.get(group_id))]
         path = self.folder / f"{label}-step{step:06d}.jsonl"
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self.patiently(lambda: write_durably(path, text))
 
 
 def _score(

@@ -1,23 +1,16 @@
 """What a checkpoint says about itself, beside the model and the optimizer: how far the run is and what it has consumed.
 
-A checkpoint is published like a policy version (written whole, manifest last, one rename), so a torn one is recognised and
-the one before it is used. Groups are acknowledged in Redis only after the checkpoint that contains them is durable: what the
-ledger lists as consumed is never trained again, what it does not list is served again.
+Groups are acknowledged in Redis only after the checkpoint that contains them is durable: what the ledger lists as consumed is
+never trained again, what it does not list is served again.
 """
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
 
-from services.contract.weights import WeightsError, collect_garbage, publish, published_versions, verify, version_folder
-
-logger = logging.getLogger("trainer")
-
-LEDGER_FILE = "ledger.json"
 Stage = Literal["evaluate_start", "warm_start", "evaluate_warm", "grpo", "evaluate_final", "done"]
 STAGES: tuple[Stage, ...] = ("evaluate_start", "warm_start", "evaluate_warm", "grpo", "evaluate_final", "done")
 
@@ -60,8 +53,19 @@ class Ledger(msgspec.Struct):
     consumed_beyond: list[int] = []
     """Consumed ones at or after `next_index`, sorted."""
     evaluations: list[Evaluation] = []
+    lineage: list[list[int]] = []
+    """The last policies, newest first: every version number that each was published under. A restart publishes the weights
+    it goes on from under a number above all others, and what came after them is no policy of this run any more."""
     order: str = ""
-    """Fingerprint of the order that the numbers above count in. "": a run that was begun before it was kept."""
+    """`TrainingOrder.fingerprint` that the indices above count in; empty in a ledger that was begun before it was kept."""
+    samples: int = 0
+    """Of the groups that were fed; 0 in a ledger that was begun before it was kept."""
+    journal_bytes: int | None = None
+    """Length of metrics.jsonl; None in a ledger that was begun before it was kept."""
+
+    def __post_init__(self) -> None:
+        if not self.lineage:
+            self.lineage = [[self.version]]
 
     @property
     def has_learned(self) -> bool:
@@ -79,6 +83,29 @@ class Ledger(msgspec.Struct):
             self.next_index += 1
         self.consumed_beyond = sorted(beyond)
 
+    def publish(self, version: int, policies_kept: int) -> None:
+        """The present weights were published under this number; remember the last `policies_kept` policies."""
+        if self.unpublished:
+            self.lineage = [[version], *self.lineage][:policies_kept]
+        else:
+            self.lineage[0].append(version)
+        self.version, self.unpublished = version, False
+
+    def staleness(self, versions: Iterable[int]) -> int | None:
+        """How many policies lie between the present one and the oldest of these versions; 0 if there are none.
+
+        None: one of them is older than those that are remembered, or was published after weights that a crash lost.
+        """
+        ages = [next((age for age, names in enumerate(self.lineage) if version in names), None) for version in versions]
+        known = [age for age in ages if age is not None]
+        return None if len(known) < len(ages) else max(known, default=0)
+
+    def count_in(self, order: str, samples: int) -> bool:
+        """Feed questions in this order, so many samples each, from now on. Returns whether either has changed in between."""
+        changed = self.order not in ("", order) or self.samples not in (0, samples)
+        self.order, self.samples = order, samples
+        return changed
+
     def reopen(self, steps: int) -> bool:
         """A run that ended before `steps`, because `trainer.steps` was raised since, goes back to its GRPO. Returns whether."""
         if self.stage not in ("evaluate_final", "done") or self.step >= steps:
@@ -88,34 +115,3 @@ class Ledger(msgspec.Struct):
 
     def finish_stage(self, stage: Stage) -> None:
         self.stage = STAGES[STAGES.index(stage) + 1]
-
-
-class Checkpoints:
-    """The checkpoints of one run, numbered by a serial that only rises."""
-
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
-
-    def save(self, ledger: Ledger, move_state_in: Path) -> Path:
-        """Publish the state that lies in `move_state_in` together with the ledger. Only the lead calls this."""
-        serial = (published_versions(self.folder) or [0])[-1] + 1
-
-        def write(folder: Path) -> None:
-            for path in sorted(move_state_in.iterdir()):
-                path.rename(folder / path.name)
-            (folder / LEDGER_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(ledger)))
-
-        path = publish(self.folder, serial, serial - 1, write)
-        collect_garbage(self.folder, self.keep, in_use=())
-        return path
-
-    def latest(self) -> tuple[Path, Ledger] | None:
-        """The newest checkpoint that is whole; a damaged one is told about and passed over."""
-        for serial in reversed(published_versions(self.folder)):
-            path = version_folder(self.folder, serial)
-            try:
-                verify(path)
-                return path, msgspec.json.decode((path / LEDGER_FILE).read_bytes(), type=Ledger)
-            except (WeightsError, OSError, msgspec.DecodeError) as error:
-                logger.warning("checkpoint %s is damaged (%s): using the one before it", path.name, error)
-        return None

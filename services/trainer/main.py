@@ -28,6 +28,7 @@ from services.trainer.ledger import STAGES, Stage
 from services.trainer.megatron.loss import SupervisedLoss
 from services.trainer.metrics import rollout_metrics, step_line
 from services.trainer.run import Run
+from services.trainer.staleness import staleness_figures
 from services.trainer.update import update
 
 logger = logging.getLogger("trainer")
@@ -81,10 +82,11 @@ def grpo(run: Run) -> None:
     run.load_reference()
     run.begin_critic()
     while run.ledger.step < settings.steps:
+        finish_step(run)
         begun = time.monotonic()
         groups = run.next_batch()
         collected = time.monotonic()
-        row = rollout_metrics(groups, run.ledger.version)
+        row = rollout_metrics(groups) | staleness_figures(groups, run.ledger, settings.max_staleness)
         row |= learn(run, groups)
         learned = time.monotonic()
         run.publish()
@@ -92,6 +94,16 @@ def grpo(run: Run) -> None:
         row |= {"rollout_s": collected - begun, "train_s": learned - collected, "publish_s": published - learned}
         row |= {"seconds": published - begun, "tokens_per_s": row["model_tokens_total"] / (published - begun)}
         record_step(run, groups, row)
+
+
+def finish_step(run: Run) -> None:
+    """What the last step of the ledger asks for, also when a stop or a crash came between: a new reference, an evaluation."""
+    step, every = run.ledger.step, run.config.trainer.eval_every
+    if run.refresh_reference():
+        run.checkpoint()
+    label = f"step{step}"
+    if step and every and step % every == 0 and label not in {evaluation.label for evaluation in run.ledger.evaluations}:
+        run.evaluate(label)
 
 
 def learn(run: Run, groups: list[CompleteGroup]) -> dict[str, float]:
@@ -104,14 +116,12 @@ def learn(run: Run, groups: list[CompleteGroup]) -> dict[str, float]:
 
 
 def record_step(run: Run, groups: list[CompleteGroup], row: dict[str, float]) -> None:
-    """Tell about the step, and make it durable when a checkpoint is due or the reference has changed."""
+    """Tell about the step, and make it durable when a checkpoint is due or the reference changes with it."""
     step, settings = run.ledger.step, run.config.trainer
     row |= {"version": run.ledger.version, **run.flow_figures()}
     run.record("grpo", step, row)
     run.keep_transcripts(step, groups)
     run.say(step_line(step, settings.steps, row))
-    if settings.eval_every and step % settings.eval_every == 0 and step < settings.steps:
-        run.evaluate(f"step{step}")
     if run.refresh_reference() or step % settings.checkpoint_every == 0 or step == settings.steps:
         run.checkpoint()
     run.check_stop()

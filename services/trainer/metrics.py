@@ -1,21 +1,24 @@
-"""What a step leaves behind: a readable line, a JSONL row, TensorBoard scalars. A resumed run drops what its ledger lacks."""
+"""What a step leaves behind: a readable line, a JSONL row, TensorBoard scalars. A resumed run drops what its checkpoint lacks."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from services.contract.messages import Trajectory
+from services.contract.weights import sync_file
 from services.trainer.collect import CompleteGroup
 from services.trainer.objective.advantages import zero_variance
+from services.trainer.room import full_disk_told
 
 logger = logging.getLogger("trainer")
 
 
-def rollout_metrics(groups: list[CompleteGroup], version: int) -> dict[str, float]:
+def rollout_metrics(groups: list[CompleteGroup]) -> dict[str, float]:
     """Figures of the trajectories of one batch, before training; means over trajectories unless the name says otherwise."""
     trajectories = [t for group in groups for t in group.trajectories]
     model_tokens = [sum(t.loss_mask) for t in trajectories]
@@ -28,8 +31,6 @@ def rollout_metrics(groups: list[CompleteGroup], version: int) -> dict[str, floa
         "model_tokens_total": float(sum(model_tokens)),
         "truncated": fmean(t.status == "truncated" for t in trajectories),
         "zero_variance_groups": fmean(zero_variance(group.rewards) for group in groups),
-        "staleness": fmean(version - t.lowest_version for t in trajectories if t.lowest_version >= 0),
-        "staleness_max": float(max(group.staleness(version) for group in groups)),
     }
 
 
@@ -38,46 +39,75 @@ def _part(trajectories: list[Trajectory], name: str) -> float:
 
 
 class Journal:
-    """`metrics.jsonl`, TensorBoard and the log, for one run. Rows after `last_step` of a resumed run are dropped first."""
+    """`metrics.jsonl`, TensorBoard and the log, for one run.
 
-    def __init__(self, folder: Path, warm_step: int, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    A resumed run cuts the file to the length that its checkpoint knows: what lies after belongs to steps that it makes again.
+    """
 
+    def __init__(self, folder: Path, length: int | None, steps: dict[str, int]) -> None:
+        """length: of metrics.jsonl in bytes; None keeps all whole rows. steps: kind of row -> its last step, for the curves."""
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        self._keep_rows(warm_step, step)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._cut(length)
+        self._curves = Curves(folder / "tensorboard", steps)
 
     def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One row: `kind` is warm_start, grpo or evaluation."""
+        """One row: `kind` is warm_start, grpo or evaluation. Raises NoSpace and leaves no half row."""
         row = {"kind": kind, "step": step, **{name: _rounded(value) for name, value in values.items()}}
-        with self.path.open("a") as file:
+        before = self.path.stat().st_size
+        with full_disk_told(self.path, take_back=lambda: os.truncate(self.path, before)), self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
-        self._board.flush()
+        self._curves.add(kind, step, values)
+
+    def length(self) -> int:
+        """In bytes; so much is on disk."""
+        sync_file(self.path)
+        return self.path.stat().st_size
 
     def rows(self, kind: str) -> list[dict[str, Any]]:
-        return [row for row in self._read() if row["kind"] == kind]
+        rows = [json.loads(line) for line in self.path.read_text().splitlines()]
+        return [row for row in rows if row["kind"] == kind]
 
-    def _read(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
-        rows = []
-        for line in self.path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                logger.warning("%s: a torn line was left out", self.path)
-        return rows
-
-    def _keep_rows(self, warm_step: int, step: int) -> None:
-        last = {"warm_start": warm_step, "grpo": step, "evaluation": step}
-        kept = [row for row in self._read() if row["step"] <= last.get(row["kind"], step)]
+    def _cut(self, length: int | None) -> None:
+        written = self.path.read_bytes() if self.path.exists() else b""
+        kept = written[:length]
+        if length and len(written) < length:
+            logger.warning("%s is shorter than when the checkpoint was made: rows are missing", self.path)
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.write_bytes(kept[: kept.rfind(b"\n") + 1])  # the last row may be torn
+        sync_file(temporary)
         temporary.replace(self.path)
+
+
+class Curves:
+    """TensorBoard's events, a folder a kind of row: each kind counts its own steps, and a restart hides what comes after its
+    last. A disk that fills up ends them, once told about; the journal has the same figures."""
+
+    def __init__(self, folder: Path, steps: dict[str, int]) -> None:
+        self.folder, self.steps = folder, steps
+        self._boards: dict[str, Any] = {}
+        self._ended = False
+
+    def add(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        if self._ended:
+            return
+        try:
+            board = self._board(kind)
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    board.add_scalar(f"{kind}/{name}", value, step)
+            board.flush()
+        except OSError as error:
+            self._ended = True
+            logger.warning("%s: %s; TensorBoard's curves end here, metrics.jsonl goes on", self.folder, error)
+
+    def _board(self, kind: str) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if kind not in self._boards:
+            folder = self.folder / kind
+            self._boards[kind] = SummaryWriter(str(folder), purge_step=self.steps.get(kind, 0) + 1 if folder.exists() else None)
+        return self._boards[kind]
 
 
 def _critic(row: dict[str, float]) -> str:

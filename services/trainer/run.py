@@ -9,32 +9,32 @@ import logging
 import shutil
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from services.contract.codec import Codec
-from services.contract.config import Config, ConfigError
+from services.contract.config import Config
 from services.contract.groups import GroupStore
 from services.contract.policy import PolicyBoard
 from services.contract.store import connect
 from services.contract.telemetry import Heartbeat
 from services.contract.weights import version_folder
 from services.trainer.batch import Batches
+from services.trainer.checkpoints import Checkpoints
 from services.trainer.collect import Collector, CompleteGroup
-from services.trainer.evaluate import FIGURES, Evaluator
-from services.trainer.ledger import Checkpoints, Ledger
+from services.trainer.evaluate import FIGURES, Evaluator, Patiently
+from services.trainer.ledger import Ledger
 from services.trainer.megatron.critic import Critic
 from services.trainer.megatron.learner import Learner
 from services.trainer.metrics import Journal
 from services.trainer.objective.functions import check_functions
 from services.trainer.publish import Publisher, write_hf_folder
 from services.trainer.questions import TrainingOrder, read_questions, stratified
-from services.trainer.ranks import StopRequested, is_lead, on_lead
+from services.trainer.ranks import StopRequested, is_lead, on_lead, on_lead_with_export
 from services.trainer.reference import forget_references, kept_reference, reference_folder, refresh_is_due
 from services.trainer.report import results_table
+from services.trainer.room import copy_durably, pause, when_there_is_room
 from services.trainer.transcripts import write_transcripts
 
 logger = logging.getLogger("trainer")
@@ -58,18 +58,18 @@ class StopFlag:
 class Lead:
     """What only the lead has: the streams, the policy board, the journal."""
 
-    def __init__(self, config: Config, ledger: Ledger, check_stop: Callable[[], None]) -> None:
+    def __init__(self, config: Config, ledger: Ledger, check_stop: Callable[[], None], patiently: Patiently) -> None:
         client = connect(config.redis)
         self.store = GroupStore(client, config.run.name)
-        self.journal = Journal(config.run.folder, ledger.warm_step, ledger.step)
+        steps = {"warm_start": ledger.warm_step, "grpo": ledger.step, "evaluation": ledger.step}
+        self.journal = Journal(config.run.folder, ledger.journal_bytes, steps)
         self.publisher = Publisher(config, PolicyBoard(client, config.run.name), check_stop)
         collector = Collector(self.store, config.trainer.collect_timeout_s, check_stop)
         order = TrainingOrder(read_questions(config.data.train_path), config.run.seed, config.data.mix)
-        _compare_order(ledger, order)
         self.batches = Batches(config, self.store, collector, order, ledger)
-        self.batches.forget_consumed()
+        self.batches.take_over()
         held_out = stratified(read_questions(config.data.eval_path), config.trainer.eval_questions, config.run.seed)
-        self.evaluator = Evaluator(config, self.store, collector, held_out, config.run.folder / "evaluations")
+        self.evaluator = Evaluator(config, self.store, collector, held_out, config.run.folder / "evaluations", patiently)
 
 
 class Run:
@@ -82,9 +82,10 @@ class Run:
         self.codec = Codec.load(config.model_path)
         self.learner = Learner(config, config.model_path)
         self.critic: Critic | None = None
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.trainer.keep_checkpoints)
+        kept = (config.trainer.keep_checkpoints, config.trainer.keep_every)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", *kept)
         self.ledger = self._restore()
-        self.lead = Lead(config, self.ledger, self._alive_or_stop) if is_lead() else None
+        self.lead = Lead(config, self.ledger, self._alive_or_stop, self._patiently) if is_lead() else None
         self._heartbeat = Heartbeat.from_environment() if is_lead() else Heartbeat(None)
         self._state = "starting"
         self._unreleased: list[CompleteGroup] = []
@@ -96,7 +97,7 @@ class Run:
         """The newest whole checkpoint, or a fresh start."""
         found = on_lead(self.checkpoints.latest)
         if found is None:
-            return Ledger()
+            return Ledger(journal_bytes=0)
         path, ledger = found
         if ledger.step:
             self.begin_critic()  # also where GRPO is over: the next checkpoint must hold it
@@ -108,12 +109,12 @@ class Run:
         return ledger
 
     def checkpoint(self) -> None:
-        """Make everything learned so far durable; only then acknowledge the groups that it contains."""
-        scratch = self.checkpoints.folder / ".state"
-        on_lead(lambda: _empty_folder(scratch))
-        if self.ledger.has_learned:
-            self.learner.save(scratch, self.critic)
-        on_lead(lambda: self._publish_checkpoint(scratch))
+        """Make everything learned so far durable; only then acknowledge the groups that it contains.
+
+        Raises NoSpace when the disk stays full; nothing is acknowledged then.
+        """
+        when_there_is_room(self._publish_checkpoint, lambda told: on_lead(lambda: self._wait_for_room(told)))
+        on_lead(self._release_what_is_durable)
         self._unreleased.clear()
         self._saved = _progress(self.ledger)
 
@@ -122,10 +123,27 @@ class Run:
         if self._saved != _progress(self.ledger):
             self.checkpoint()
 
-    def _publish_checkpoint(self, scratch: Path) -> None:
-        assert self.lead
-        self.checkpoints.save(self.ledger, scratch)
-        self.lead.batches.release(self._unreleased)
+    def _publish_checkpoint(self) -> None:
+        scratch = self.checkpoints.folder / ".state"
+        on_lead(lambda: _empty_folder(scratch))
+        if self.ledger.has_learned:
+            self.learner.save(scratch, self.critic)
+        self.ledger.journal_bytes = on_lead(lambda: self._lead.journal.length())
+        on_lead(lambda: self.checkpoints.save(self.ledger, scratch))
+
+    def _release_what_is_durable(self) -> None:
+        self._lead.batches.release(self._unreleased)
+        forget_references(self.folder, {ledger.reference_step for ledger in self.checkpoints.ledgers().values()})
+
+    def _patiently(self, write: Callable[[], object]) -> None:
+        """Write something small, waiting for a full disk. On the lead."""
+        when_there_is_room(write, self._wait_for_room)
+
+    def _wait_for_room(self, told: str) -> None:
+        """On the lead."""
+        logger.warning(told)
+        if not self.checkpoints.make_room():
+            pause(self._alive_or_stop)
 
     def consume(self, groups: list[CompleteGroup], step: int) -> None:
         """Optimizer step `step` has learned from these groups. They stay unacknowledged until the next checkpoint."""
@@ -138,23 +156,29 @@ class Run:
 
     def make_current(self) -> None:
         """Engines must serve the weights of the ledger. After a crash these get a number above all that were published."""
-        if self.ledger.version == 0 and self.ledger.stage in ("evaluate_start", "warm_start"):
+        nobody_plays = self.ledger.stage == "warm_start"  # until it ends, and then it publishes
+        if self.ledger.version == 0 and (nobody_plays or not self.ledger.unpublished) and self._nothing_is_published():
             on_lead(lambda: self._lead.publisher.announce_start())
-        elif self.ledger.unpublished or not on_lead(lambda: self._lead.publisher.serves(self.ledger.version)):
+        elif not nobody_plays and (self.ledger.unpublished or not self._is_served()):
             self.publish()
+
+    def _nothing_is_published(self) -> bool:
+        return on_lead(lambda: self._lead.publisher.next_version()) == 1
+
+    def _is_served(self) -> bool:
+        return on_lead(lambda: self._lead.publisher.serves(self.ledger.version))
 
     def publish(self) -> None:
         """Give the present weights the next version number and wait until the engines may use it."""
         parent = self.ledger.version
         version = on_lead(lambda: self._lead.publisher.next_version())
-        tensors = self.learner.export()
-        on_lead_with_ranks(
-            lambda: self._lead.publisher.publish(version, parent, lambda folder: self._write(folder, tensors)), tensors
-        )
-        self.ledger.version, self.ledger.unpublished = version, False
+        on_lead_with_export(lambda begin: self._publish_version(version, parent, begin), self.learner.export)
+        self.ledger.publish(version, policies_kept=self.config.trainer.max_staleness + 1)
 
-    def _write(self, folder: Path, tensors: Any) -> None:
-        write_hf_folder(folder, self.config.model_path, tensors, self.config.weights.dtype)
+    def _publish_version(self, version: int, parent: int, begin: Callable[[], Iterator[Any]]) -> None:
+        """Every attempt gathers all tensors anew: what a full disk broke off must not go out half."""
+        model, dtype = self.config.model_path, self.config.weights.dtype
+        self._lead.publisher.publish(version, parent, lambda folder: write_hf_folder(folder, model, begin(), dtype))
 
     def begin_critic(self) -> None:
         """PPO's critic begins as the policy does that GRPO starts from. Without one there is nothing to do."""
@@ -167,38 +191,29 @@ class Run:
         if not self.config.trainer.objective.kl_coef:
             return
         if self.ledger.warm_step and not self.ledger.step:
-            on_lead(lambda: self._copy_version(reference_folder(self.folder, 0)))
+            self._copy_version(reference_folder(self.folder, 0))
         self.learner.reference = None  # its memory is free before the next one is loaded
         started_from = None if self.ledger.warm_step else self.config.model_path
-        self.learner.set_reference(kept_reference(self.folder, self.ledger.reference_step, started_from))
+        self.learner.set_reference(on_lead(lambda: kept_reference(self.folder, self.ledger.reference_step, started_from)))
 
     def refresh_reference(self) -> bool:
         """Make the present policy the reference if `reference_every` says so. Then a checkpoint must follow (see reference.py)."""
         step = self.ledger.step
         if not refresh_is_due(step, self.ledger.reference_step, self.config.trainer.objective.reference_every):
             return False
-        on_lead(lambda: self._copy_version(reference_folder(self.folder, step)))
+        self._copy_version(reference_folder(self.folder, step))
         self.ledger.reference_step = step
         self.load_reference()
-        on_lead(lambda: forget_references(self.folder, self.config.trainer.keep_checkpoints + 1))
         return True
 
     def write_final_model(self) -> None:
         """The last version as `<run folder>/final`, a Hugging Face folder."""
-        on_lead(lambda: self._copy_version(self.folder / "final"))
+        self._copy_version(self.folder / "final")
 
     def _copy_version(self, target: Path) -> None:
-        source = version_folder(self.config.weights_folder, self.ledger.version) if self.ledger.version else self.config.model_path
-        if not source.exists():
-            raise ConfigError(
-                f"policy version {self.ledger.version} is gone from {source}, and {target.name} must be a copy of it: "
-                "put it back, or start the trainer again, which publishes its weights anew"
-            )
-        temporary = target.with_name(f".{target.name}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("manifest.json"))
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
+        version = self.ledger.version
+        source = version_folder(self.config.weights_folder, version) if version else self.config.model_path
+        on_lead(lambda: self._patiently(lambda: copy_durably(source, target)))
 
     # -- groups and scores ---------------------------------------------------------------------------------------------
 
@@ -227,12 +242,11 @@ class Run:
             logger.info(line)
 
     def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        if self.lead:
-            self.lead.journal.record(kind, step, values)
+        on_lead(lambda: self._patiently(lambda: self._lead.journal.record(kind, step, values)))
 
     def keep_transcripts(self, step: int, groups: list[CompleteGroup]) -> None:
-        if self.lead:
-            write_transcripts(self.folder / "transcripts" / f"step{step:06d}.jsonl", groups)
+        path = self.folder / "transcripts" / f"step{step:06d}.jsonl"
+        on_lead(lambda: self._patiently(lambda: write_transcripts(path, groups)))
 
     def print_results(self) -> None:
         if not is_lead():
@@ -260,28 +274,6 @@ class Run:
     def _lead(self) -> Lead:
         assert self.lead is not None, "only the lead may do this"
         return self.lead
-
-
-def on_lead_with_ranks(work: Callable[[], Any], tensors: Any) -> None:
-    """Run `work`, which reads `tensors` to the end, on the lead; the other ranks read along, since gathering takes them all."""
-    if is_lead():
-        work()
-    else:
-        for _ in tensors:
-            pass
-    if dist.get_world_size() > 1:
-        dist.barrier()
-
-
-def _compare_order(ledger: Ledger, order: TrainingOrder) -> None:
-    """The cursor is a number: with other questions, seed or mixture it means others, and some may come twice or never."""
-    if ledger.order not in ("", order.fingerprint):
-        logger.warning(
-            "the training questions, data.mix or run.seed have changed since the last checkpoint: question number %d and those "
-            "after it are counted in the new order, so some may be asked again in this epoch and others not",
-            ledger.next_index,
-        )
-    ledger.order = order.fingerprint
 
 
 def _progress(ledger: Ledger) -> tuple[str, int, int]:

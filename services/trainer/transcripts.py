@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from services.contract.messages import Trajectory
-from services.trainer.collect import CompleteGroup
+from services.trainer.collect import CompleteGroup, versions_of
+from services.trainer.room import write_durably
 
 
 def transcript_row(trajectory: Trajectory) -> dict[str, Any]:
@@ -22,12 +23,11 @@ def transcript_row(trajectory: Trajectory) -> dict[str, Any]:
         "parts": trajectory.reward_parts,
         "stop_reason": trajectory.stop_reason,
         "worker": trajectory.worker,
-        "versions": sorted({v.version for span in trajectory.spans for v in span.versions}),
+        "versions": sorted(versions_of(trajectory)),
         "response": [{"kind": span.kind, "text": span.text} for span in trajectory.spans],
     }
 
 
 def write_transcripts(path: Path, groups: list[CompleteGroup]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [transcript_row(trajectory) for group in groups for trajectory in group.trajectories]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_durably(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -115,7 +115,7 @@ def test_every_step_left_a_row_with_the_figures_that_are_promised(finished: Suit
     assert [row["step"] for row in steps] == [1, 2]
     wanted = {"reward", "exact_match", "searches", "response_tokens", "mismatch_abs", "mismatch_k3", "staleness"}
     assert wanted | {"rollout_s", "train_s", "publish_s", "tokens_per_s", "grad_norm", "version"} <= set(steps[0])
-    assert list((finished.run / "tensorboard").glob("events.*"))
+    assert list((finished.run / "tensorboard" / "grpo").glob("events.*"))
 
 
 def test_trainer_and_engine_agree_on_log_probs_at_every_step(finished: Suite) -> None:

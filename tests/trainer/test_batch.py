@@ -86,8 +86,14 @@ def test_a_stale_group_is_fed_again_and_never_trained(store: GroupStore) -> None
     store.accounts().check()
 
 
+def learned_and_published(ledger: Ledger, version: int, policies_kept: int = 2) -> Ledger:
+    ledger.unpublished = True
+    ledger.publish(version, policies_kept)
+    return ledger
+
+
 def test_within_the_bound_an_older_group_is_trained(store: GroupStore) -> None:
-    ledger = Ledger(version=5)
+    ledger = learned_and_published(Ledger(version=4), 5)
     batches = make_batches(store, ledger, max_staleness=1)
     batches.feed()
     play_all(store, version=4)
@@ -118,6 +124,103 @@ def test_a_group_that_the_graders_gave_up_is_replaced_and_what_was_graded_of_it_
     store.accounts().check()
 
 
+def test_what_was_played_before_a_restart_published_the_same_weights_anew_is_trained(store: GroupStore) -> None:
+    ledger = Ledger(version=4)
+    first = make_batches(store, ledger)
+    first.feed()
+    play_all(store, version=4)
+    ledger.publish(7, policies_kept=1)
+    assert len(make_batches(store, ledger).next_batch()) == GROUPS
+
+
+def test_a_straggler_holds_no_step_up_and_is_fed_again_when_it_comes_too_late(store: GroupStore) -> None:
+    ledger = Ledger()
+    batches = make_batches(store, ledger, max_staleness=1)
+    batches.feed()
+    (straggler,) = store.lease("slow", 1, 10)
+    trained: list[str] = []
+    for version in (1, 2, 3):
+        play_all(store, version=version - 1)
+        trained += train_on(batches)
+        learned_and_published(ledger, version)
+        batches.feed()
+    assert "t00000000" not in trained and len(trained) == 3 * GROUPS
+    for sample in range(SAMPLES):
+        store.store(make_trajectory("t00000000", sample, versions=(0,)), straggler)
+        grade(store, f"t00000000/{sample}", float(sample))
+    store.finish(straggler)
+    with KeepPlaying(store, equal=(), version=3):
+        trained += [*train_on(batches), *train_on(batches)]
+    assert batches.refed == 1 and "t00000000" in trained
+    store.accounts().check()
+
+
+def test_a_group_that_died_while_nobody_asked_is_counted_and_replaced(store: GroupStore) -> None:
+    """Its letter is read by an evaluation that waits for other groups."""
+    batches = make_batches(store, Ledger())
+    batches.feed()
+    store.bury(store.lease("worker", 1, 10)[0], "broken")
+    assert batches.collector.take_dead(lambda group_id: None) == []
+    with KeepPlaying(store, equal=()):
+        groups = batches.next_batch()
+    assert [g.group_id for g in groups] == ["t00000001", "t00000002", "t00000003"]
+    assert batches.lost == 1 and batches.figures()["groups_lost"] == 1
+
+
+def test_a_group_that_redis_announces_twice_is_in_the_batch_once(store: GroupStore) -> None:
+    """A Redis that lost its last writes is told again of what the trainer holds already."""
+    batches = make_batches(store, Ledger())
+    batches.feed()
+    leases = store.lease("worker", 1, 10)
+    for sample in range(SAMPLES):
+        store.store(make_trajectory("t00000000", sample))
+        grade(store, f"t00000000/{sample}", float(sample))
+    store.finish(leases[0])
+    notices = [fields for _, fields in store.client.xrange(store.keys.graded)]
+
+    def announce_again() -> None:
+        if "t00000000" in batches._cut and notices:
+            for fields in notices:
+                store.client.xadd(store.keys.graded, fields)
+            notices.clear()
+            play_all(store, version=0)
+
+    batches.collector.check_stop = announce_again
+    real_wait = batches.collector.wait
+    batches.collector.wait = lambda size, count, on_idle: real_wait(size, 1, on_idle)  # a group at a time
+    assert [g.group_id for g in batches.next_batch()] == ["t00000000", "t00000001", "t00000002"]
+
+
+@pytest.mark.parametrize("change", ["samples", "questions", "seed"])
+def test_what_was_fed_under_other_settings_is_fed_again(store: GroupStore, change: str, caplog: pytest.LogCaptureFixture) -> None:
+    ledger = Ledger()
+    first = make_batches(store, ledger)
+    first.take_over()
+    first.feed()
+    play_all(store, version=0, samples=SAMPLES)
+    second = make_batches(store, msgspec.json.decode(msgspec.json.encode(ledger), type=Ledger))
+    if change == "samples":
+        trainer = second.config.trainer.model_copy(update={"samples_per_prompt": SAMPLES + 1})
+        second.config = second.config.model_copy(update={"trainer": trainer})
+    else:
+        questions = second.order.questions[: 10 - (change == "questions")]
+        second.order = TrainingOrder(questions, seed=int(change == "seed"))
+    second.take_over()
+    assert "question number 0 and those after it are counted in the new order" in caplog.text
+    assert store.in_flight() == set() and store.client.keys("*trajectory*") == []
+    assert second.feed() == GROUPS
+    store.accounts().check()
+
+
+def test_what_was_fed_under_the_same_settings_stays(store: GroupStore) -> None:
+    ledger = Ledger()
+    for _ in range(2):
+        batches = make_batches(store, ledger)
+        batches.take_over()
+        batches.feed()
+    assert store.accounts().fed == GROUPS == len(store.in_flight())
+
+
 def test_a_dead_group_is_replaced_by_the_next_question(store: GroupStore) -> None:
     ledger = Ledger()
     batches = make_batches(store, ledger)
@@ -138,8 +241,8 @@ def test_a_dead_group_is_replaced_by_the_next_question(store: GroupStore) -> Non
 class KeepPlaying:
     """Plays whatever is fed, until the test leaves."""
 
-    def __init__(self, store: GroupStore, equal: Container[int]) -> None:
-        self.store, self.equal, self.over = store, equal, threading.Event()
+    def __init__(self, store: GroupStore, equal: Container[int], version: int = 0) -> None:
+        self.store, self.equal, self.version, self.over = store, equal, version, threading.Event()
         self.thread = threading.Thread(target=self._play)
 
     def __enter__(self) -> None:
@@ -151,7 +254,7 @@ class KeepPlaying:
 
     def _play(self) -> None:
         while not self.over.wait(0.05):
-            play_all(self.store, version=0, equal=self.equal)
+            play_all(self.store, version=self.version, equal=self.equal)
 
 
 def test_groups_of_equal_rewards_are_replaced_by_the_next_questions(store: GroupStore) -> None:
@@ -201,7 +304,7 @@ def test_a_dropped_group_that_no_checkpoint_knows_is_asked_again(store: GroupSto
     with KeepPlaying(store, equal={0}):
         first.next_batch()
     second = make_batches(store, Ledger(), dynamic_sampling=True)
-    second.forget_consumed()
+    second.take_over()
     with KeepPlaying(store, equal=()):
         assert [g.group_id for g in second.next_batch()][0] == "t00000001"
         second.consume([])
@@ -227,7 +330,7 @@ def test_what_the_checkpoint_contains_is_released_and_never_served_again(store: 
     ledger = Ledger()
     ledger.consume([0, 1, 2])  # the checkpoint was durable; the crash came before the release
     second = make_batches(store, ledger)
-    second.forget_consumed()
+    second.take_over()
     assert store.accounts().released == GROUPS
     second.feed()
     play_all(store, version=0)
@@ -285,6 +388,16 @@ def test_groups_that_redis_forgot_are_fed_again(store: GroupStore, monkeypatch: 
     groups = batches.next_batch()
     worker.join()
     assert [g.group_id for g in groups] == ["t00000000", "t00000001", "t00000002"]
+
+
+def test_notices_that_a_broken_connection_swallowed_are_read_again(store: GroupStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redis has delivered them to the trainer, whose connection ended before the answer came."""
+    monkeypatch.setattr(collect, "IDLE_S", 0.5)
+    batches = make_batches(store, Ledger())
+    batches.feed()
+    play_all(store, version=0)
+    assert len(store.read_graded(100, 10)) == GROUPS * SAMPLES
+    assert [g.group_id for g in batches.next_batch()] == ["t00000000", "t00000001", "t00000002"]
 
 
 def test_the_question_order_depends_on_the_seed_alone() -> None:

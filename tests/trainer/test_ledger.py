@@ -1,61 +1,13 @@
-"""Checkpoints are whole or not used, and what they list as consumed stays consumed."""
+"""What a ledger lists as consumed stays consumed, and what it calls stale depends on weights, not on their numbers."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.trainer.ledger import Checkpoints, Ledger, Stage
-
-
-def state(folder: Path, text: str) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "model.bin").write_text(text)
-    return folder
-
-
-@pytest.fixture
-def checkpoints(tmp_path: Path) -> Checkpoints:
-    (tmp_path / "checkpoints").mkdir()
-    return Checkpoints(tmp_path / "checkpoints", keep=2)
-
-
-def test_a_fresh_run_has_no_checkpoint(checkpoints: Checkpoints) -> None:
-    assert checkpoints.latest() is None
-
-
-def test_state_and_ledger_come_back_together(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    checkpoints.save(Ledger(stage="grpo", step=7, version=9, next_index=3, consumed_beyond=[5]), state(tmp_path / "s", "seven"))
-    path, ledger = checkpoints.latest()
-    assert (ledger.stage, ledger.step, ledger.version, ledger.consumed_beyond) == ("grpo", 7, 9, [5])
-    assert (path / "model.bin").read_text() == "seven"
-
-
-def test_the_last_two_are_kept(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    for step in range(4):
-        checkpoints.save(Ledger(step=step), state(tmp_path / "s", str(step)))
-    assert sorted(p.name for p in checkpoints.folder.iterdir()) == ["v000003", "v000004"]
-
-
-@pytest.mark.parametrize("damage", ["altered", "short", "missing", "no manifest"])
-def test_a_damaged_checkpoint_is_passed_over(checkpoints: Checkpoints, tmp_path: Path, damage: str) -> None:
-    checkpoints.save(Ledger(step=1), state(tmp_path / "s", "good"))
-    path = checkpoints.save(Ledger(step=2), state(tmp_path / "s", "newer"))
-    model = path / "model.bin"
-    match damage:
-        case "altered":
-            model.write_text("newxr")
-        case "short":
-            model.write_text("new")
-        case "missing":
-            model.unlink()
-        case "no manifest":
-            (path / "manifest.json").unlink()
-    assert checkpoints.latest()[1].step == 1
+from services.trainer.ledger import Ledger, Stage
 
 
 @pytest.mark.parametrize(
@@ -93,3 +45,48 @@ def test_consuming_in_any_order_moves_the_cursor_to_the_first_gap(order: list[in
         assert ledger.next_index == first_gap
         assert all(ledger.is_consumed(i) == (i in consumed) for i in range(12))
         assert len(ledger.consumed_beyond) == len(consumed) - first_gap
+
+
+def published(ledger: Ledger, version: int, kept: int = 3) -> Ledger:
+    """A step was learned and published under this number."""
+    ledger.unpublished = True
+    ledger.publish(version, kept)
+    return ledger
+
+
+def test_staleness_counts_policies() -> None:
+    ledger = published(published(Ledger(), 1), 2)
+    assert [ledger.staleness([version]) for version in (2, 1, 0)] == [0, 1, 2]
+    assert ledger.staleness([2, 0, 1]) == 2 and ledger.staleness([]) == 0
+
+
+def test_weights_that_a_restart_publishes_again_are_not_newer() -> None:
+    ledger = published(Ledger(), 1)
+    ledger.publish(4, 3)
+    assert [ledger.staleness([version]) for version in (4, 1, 0)] == [0, 0, 1]
+
+
+def test_a_number_that_a_crash_left_unused_makes_nothing_stale() -> None:
+    ledger = published(published(Ledger(), 1), 5)
+    assert ledger.staleness([1]) == 1
+
+
+def test_policies_that_a_crash_lost_or_that_are_too_old_have_no_staleness() -> None:
+    ledger = published(Ledger(), 1)
+    ledger.publish(4, 3)
+    assert ledger.staleness([4, 3]) is None, "3 came after 1 and is lost"
+    for version in (5, 6, 7):
+        published(ledger, version)
+    assert ledger.staleness([4]) is None
+
+
+@pytest.mark.parametrize("version", [0, 7])
+def test_a_ledger_written_before_there_was_a_lineage_knows_its_own_policy(version: int) -> None:
+    ledger = msgspec.json.decode(msgspec.json.encode({"stage": "grpo", "version": version}), type=Ledger)
+    assert ledger.staleness([version]) == 0 and ledger.staleness([version + 1]) is None
+    assert ledger.journal_bytes is None and ledger.order == ""
+
+
+def test_a_ledger_comes_back_as_it_was() -> None:
+    ledger = published(Ledger(journal_bytes=12, order="a", samples=4), 3)
+    assert msgspec.json.decode(msgspec.json.encode(ledger), type=Ledger) == ledger

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from services.contract.config import ConfigError
 from services.contract.messages import Question
 from services.trainer.ledger import Ledger
 from services.trainer.questions import CYCLE, TrainingOrder, cycle_places, read_questions
-from services.trainer.run import _compare_order
 
 SIZES = st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 40), min_size=1, max_size=5)
 WEIGHTS = st.floats(0.001, 1000)
@@ -96,17 +94,17 @@ def test_a_mixture_that_does_not_fit_the_questions_is_refused(mix: dict[str, flo
 
 
 @pytest.mark.parametrize("changed", [{"seed": 1}, {"mix": {"nq": 2.0}}, {"rows": {"nq": 4}}])
-def test_another_order_than_the_checkpoints_is_told(changed: dict, caplog: pytest.LogCaptureFixture) -> None:
-    def order(seed: int = 0, mix: dict[str, float] | None = None, rows: dict[str, int] | None = None) -> TrainingOrder:
-        return TrainingOrder(questions(rows or {"nq": 3}), seed, mix)
+def test_another_order_than_the_checkpoints_is_noticed(changed: dict) -> None:
+    def order(seed: int = 0, mix: dict[str, float] | None = None, rows: dict[str, int] | None = None) -> str:
+        return TrainingOrder(questions(rows or {"nq": 3}), seed, mix).fingerprint
 
     ledger = Ledger(next_index=2)
-    with caplog.at_level(logging.WARNING):
-        _compare_order(ledger, order())
-        _compare_order(ledger, order())
-        assert caplog.messages == []
-        _compare_order(ledger, order(**changed))
-    assert "question number 2 and those after it are counted in the new order" in caplog.text
+    assert [ledger.count_in(o, samples=4) for o in (order(), order(), order(**changed))] == [False, False, True]
+
+
+def test_another_number_of_samples_is_noticed() -> None:
+    ledger = Ledger(order="as it was")
+    assert [ledger.count_in("as it was", samples) for samples in (4, 4, 5)] == [False, False, True]
 
 
 def test_a_broken_line_is_told_with_its_number(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from services.contract.config import ConfigError
+from services.contract.weights import publish
 from services.trainer.reference import forget_references, kept_reference, reference_folder, refresh_is_due
+from services.trainer.room import copy_durably
 
 
 def written(run: Path, *steps: int) -> None:
@@ -46,7 +48,16 @@ def test_a_refreshed_one_that_is_gone_is_no_reason_to_take_another(tmp_path: Pat
         kept_reference(tmp_path, 10, Path("start"))
 
 
-def test_the_newest_are_kept_and_the_first_one_always(tmp_path: Path) -> None:
+def test_an_altered_one_is_refused(tmp_path: Path) -> None:
+    version = publish(tmp_path / "weights", 1, 0, lambda folder: (folder / "model.safetensors").write_text("weights"))
+    copy_durably(version, reference_folder(tmp_path, 0))
+    assert kept_reference(tmp_path, 0, None) == tmp_path / "reference"
+    (tmp_path / "reference" / "model.safetensors").write_text("weightz")
+    with pytest.raises(ConfigError, match="the reference policy is damaged: .*put that policy there"):
+        kept_reference(tmp_path, 0, None)
+
+
+def test_those_that_a_checkpoint_names_are_kept_and_the_first_one_always(tmp_path: Path) -> None:
     written(tmp_path, 0, 5, 10, 15, 20)
-    forget_references(tmp_path, keep=2)
-    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["reference", "reference-000015", "reference-000020"]
+    forget_references(tmp_path, {0, 5, 15})
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["reference", "reference-000005", "reference-000015"]

@@ -63,6 +63,9 @@ class TrainerConfig(Section):
     """No finished group for so long stops the run with a report of where the groups are."""
     checkpoint_every: Positive = 5
     keep_checkpoints: Positive = 2
+    """The last so many."""
+    keep_every: NonNegative = 0
+    """Besides, the checkpoint of every so-many-th step is kept for ever; 0: none."""
     eval_every: NonNegative = 0
     """GRPO steps between evaluations; 0 evaluates only before and after."""
     eval_questions: NonNegative = 200
@@ -88,6 +91,8 @@ def _problems(trainer: TrainerConfig) -> Iterator[str]:
     parts = o.minibatches
     if trainer.groups_per_step % parts:
         yield f"groups_per_step {trainer.groups_per_step} is no multiple of objective.minibatches {parts}: change one"
+    if trainer.keep_every % trainer.checkpoint_every:
+        yield f"keep_every {trainer.keep_every} is no multiple of checkpoint_every {trainer.checkpoint_every}: change one"
     if trainer.schedule == "constant" and trainer.min_learning_rate:
         yield 'min_learning_rate does nothing with schedule = "constant": set schedule, or take it out'
     if trainer.min_learning_rate > trainer.learning_rate:

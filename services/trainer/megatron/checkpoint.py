@@ -8,12 +8,14 @@ caller's to know: write into a temporary folder and rename it.
 from __future__ import annotations
 
 import queue
+import random
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -35,6 +37,8 @@ from services.trainer.megatron.trainable import Trainable  # noqa: E402
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 HEADROOM = 1.02
 """Of the tensors' bytes: the format's own tables, and what else a checkpoint holds."""
+FULL = 1 << 20
+"""Fewer free bytes than this explain why writing failed."""
 
 Parts = Mapping[str, Trainable]
 """Prefix of its tensors' names -> model; the policy's is empty."""
@@ -43,14 +47,20 @@ Parts = Mapping[str, Trainable]
 def save(folder: Path, parts: Parts) -> None:
     """Write into `folder`, which must exist and be empty. All ranks call this together.
 
-    Raises NoSpace on every rank, before anything is written, when the disk has too little room.
+    Raises NoSpace on every rank, before anything is written, when the disk has too little room; and when others fill it up
+    meanwhile.
     """
     with _states_here(parts):
         state = _state(parts, loading=False)
         _check_room(folder, state)
         # Megatron would start a server process just to hand one result over, and keep it; saving here is synchronous.
         filesystem_async._results_queue = queue.Queue()  # type: ignore[assignment]
-        dist_checkpointing.save(state, str(folder))
+        try:
+            dist_checkpointing.save(state, str(folder))
+        except Exception as error:
+            if shutil.disk_usage(folder).free < FULL:
+                raise NoSpace(f"the disk of {folder} filled up while the checkpoint was written: free some space") from error
+            raise
 
 
 def load(folder: Path, parts: Parts) -> None:
@@ -128,14 +138,18 @@ def _layout() -> dict[str, int]:
     }
 
 
-def _random_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
+def _random_state() -> dict[str, Any]:
+    """Of all that may be drawn from: torch, Python and numpy. Training itself draws from none, a function of one's own may."""
+    state = {"cpu": torch.get_rng_state(), "python": random.getstate(), "numpy": np.random.get_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
-def _set_random_state(state: dict[str, torch.Tensor]) -> None:
+def _set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
+    if "python" in state:  # not in checkpoints of before these two were kept
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
