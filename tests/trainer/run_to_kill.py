@@ -41,7 +41,8 @@ QUESTIONS = 5
 """Fewer than are trained on: the second epoch's shuffle is part of it."""
 LEASE_S = 5
 """What the stand-in took and has not finished for so long it takes again: its connection may have broken with the answer."""
-TIMES = ("seconds", "rollout_s", "train_s", "publish_s", "tokens_per_s", "version", "groups_refed", "groups_lost", "groups_waiting")
+TIMES = ("seconds", "rollout_s", "train_s", "critic_s", "publish_s", "tokens_per_s", "version")
+TIMES += ("groups_refed", "groups_lost", "groups_waiting")
 """Figures of a row that a restart may change: times, version numbers, counts since the process began."""
 
 
