@@ -7,8 +7,7 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from services.contract.groups import GroupStore
 from services.contract.messages import Demonstration, PromptGroup, Question, Segment, Span, Trajectory, VersionSpan
 from services.prepare.models import write_tiny
 from tests.conftest import RedisServer, free_port
+from tests.factories import grade
 
 ROOT = Path(__file__).parents[2]
 RUNS = ("ppo", "grpo")
@@ -59,25 +59,27 @@ def play(store: GroupStore, over: threading.Event) -> None:
     while not over.is_set():
         for lease in store.lease("stand-in", 8, 100):
             played = [answer(lease.group, sample) for sample in range(lease.group.samples)]
-            for trajectory in played:
-                store.store(trajectory, lease)
+            store.store_many([(trajectory, lease) for trajectory in played])
             store.finish(lease)
             for trajectory in played:
-                stored = store.load(trajectory.id)
-                assert stored
-                store.grade(stored, len(trajectory.response_ids) % 4 / 3, {})
+                grade(store, trajectory.id, len(trajectory.response_ids) % 4 / 3)
 
 
-@contextmanager
-def players(client: redis.Redis) -> Iterator[None]:
+def run_beside_players(command: list[str], environment: dict[str, str], client: redis.Redis) -> subprocess.CompletedProcess[str]:
+    """The trainer's process, with a player for each run. A player's error ends both, and is raised."""
     over = threading.Event()
-    threads = [threading.Thread(target=play, args=(GroupStore(client, name), over)) for name in RUNS]
-    for thread in threads:
-        thread.start()
-    yield
-    over.set()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(len(RUNS) + 1) as pool:
+        playing = [pool.submit(play, GroupStore(client, name), over) for name in RUNS]
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        watching = pool.submit(process.communicate)
+        wait([*playing, watching], return_when=FIRST_COMPLETED)
+        over.set()
+        if not watching.done():
+            process.kill()
+        output = watching.result()[0]
+    for player in playing:
+        player.result()
+    return subprocess.CompletedProcess(command, process.returncode, output)
 
 
 def write_data(folder: Path) -> None:
@@ -134,9 +136,8 @@ def reports(tmp_path_factory: pytest.TempPathFactory, redis_server: RedisServer)
     torch.save({label: config(folder, redis_server.url, *start) for label, start in starts.items()}, folder / "job.pt")
     address = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.trainer.run_worker", str(folder / "job.pt"), str(folder / "result.pt")]
-    with players(client):
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | address, text=True, capture_output=True)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    done = run_beside_players(command, os.environ | address, client)
+    assert done.returncode == 0, done.stdout[-6000:]
     return torch.load(folder / "result.pt", weights_only=False)
 
 
