@@ -262,3 +262,4 @@ def test_an_incomplete_group_is_refused() -> None:
 
 def test_zero_variance() -> None:
     assert zero_variance([1.0, 1.0]) and not zero_variance([1.0, 0.0])
+    assert not zero_variance([1.0]), "a group of one"

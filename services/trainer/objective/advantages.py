@@ -70,8 +70,9 @@ def group_advantages(rewards: Tensor, baseline: Baseline = "grpo") -> Tensor:
 
 
 def zero_variance(rewards: Sequence[float]) -> bool:
-    """Whether all rewards of a group are equal: such a group has advantage 0 throughout and teaches nothing."""
-    return len(set(rewards)) <= 1
+    """Whether all rewards of a group are equal: such a group has advantage 0 throughout and teaches nothing. A group of one has
+    nothing to be equal to."""
+    return len(rewards) > 1 and len(set(rewards)) == 1
 
 
 def token_rewards(reward: float, mask: Tensor, kl: Tensor | None, kl_coef: float) -> Tensor:
