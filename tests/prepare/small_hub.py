@@ -8,7 +8,6 @@ from pathlib import Path
 from services.prepare.catalogue import Entry
 from services.prepare.fetch import Fetch
 from services.prepare.hub import Patience
-from services.prepare.steps import run_step
 
 QUICK = Patience(tries=3, first_pause_s=0.01, longest_pause_s=0.05, stall_s=0.4)
 REPO = "datasets/someone/corpus"
@@ -26,5 +25,5 @@ FILES = {"corpus.jsonl.gz": CONTENT, "README.md": b"# about", "part_aa": noise(9
 
 def fetched(entry: Entry, folder: Path) -> Path:
     """One entry brought into `folder`, and where it lies."""
-    run_step(Fetch(entry, folder / entry.name, QUICK).step)
+    Fetch(entry, folder / entry.name, QUICK).run()
     return folder / entry.name

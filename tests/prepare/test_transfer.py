@@ -103,6 +103,25 @@ def test_a_killed_process_goes_on_where_the_journal_says(hub: HubServer, tmp_pat
     assert (tmp_path / "corpus.jsonl.gz").read_bytes() == CONTENT
 
 
+def test_a_process_killed_after_the_last_byte_downloads_nothing_again(hub: HubServer, tmp_path: Path) -> None:
+    transfer(tmp_path).run("corpus")
+    asked = len(hub.requests("/cdn/"))
+    later = transfer(tmp_path)
+    assert later.missing == 0
+    later.run("corpus")
+    assert len(hub.requests("/cdn/")) == asked
+
+
+def test_without_digests_another_commit_starts_over(hub: HubServer, tmp_path: Path) -> None:
+    hub.tells_digests = False
+    hub.faults += [Fault("/cdn/", cut_after=5_000), Fault("/cdn/", times=3, status=503)]
+    with pytest.raises(PrepareError):
+        fetched(ENTRY, tmp_path)
+    other = noise(len(CONTENT), 5)
+    hub.add(REPO, {"corpus.jsonl.gz": other}, commit="d" * 40)
+    assert fetched(ENTRY, tmp_path).read_bytes() == other
+
+
 def test_another_file_under_the_name_starts_over(hub: HubServer, tmp_path: Path) -> None:
     hub.faults += [Fault("/cdn/", cut_after=5_000), Fault("/cdn/", times=3, status=503)]
     with pytest.raises(PrepareError):
