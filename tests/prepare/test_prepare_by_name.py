@@ -89,7 +89,7 @@ def run(tmp_path: Path) -> Path:
 def start(run: Path, hub: HubServer, *command: str) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "FORAGE_"))}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
-    line = [sys.executable, "-m", "services.suite", *command, "--config", str(run)]
+    line = [sys.executable, "-m", "services.suite", *command, "-c", str(run)]
     return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
