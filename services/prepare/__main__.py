@@ -22,7 +22,7 @@ from services.prepare.question_rows import Located, locate
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 logger = logging.getLogger("prepare")
 
-ConfigPath = Annotated[Path | None, typer.Option("--config", envvar="FORAGE_CONFIG", help="TOML file of the run.")]
+ConfigPath = Annotated[Path | None, typer.Option("--config", "-c", envvar="FORAGE_CONFIG", help="TOML file of the run.")]
 
 
 @cli.command()

@@ -49,6 +49,11 @@ class Fetch:
         """Still to download, and to unpack afterwards."""
         return self.transfer.missing + round(self.transfer.size * self.entry.growth)
 
+    def run(self) -> None:
+        """The output is here and whole. Raises PrepareError."""
+        if run_step(self.step):
+            self.transfer.forget()
+
     def _make(self, temporary: Path) -> Mapping[str, str]:
         digests = self.transfer.run(self.entry.name)
         if self.entry.is_one_file:
@@ -70,7 +75,7 @@ def fetch(config: Config, patience: Patience | None = None) -> None:
     with _sole_downloader(folder):
         _need_room(folder, missing)
         for each in missing:
-            run_step(each.step)
+            each.run()
 
 
 def planned(config: Config, patience: Patience) -> list[Fetch]:

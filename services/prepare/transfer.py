@@ -19,7 +19,8 @@ import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,7 @@ class _Known(msgspec.Struct):
 
     size: int
     digest: str
+    """Where the hub tells none: the address, which holds the commit."""
     range_bytes: int
     done: list[int]
 
@@ -89,15 +91,21 @@ class Transfer:
         return sum(known.size - sum(known.done) for known in self._known.values())
 
     def run(self, label: str) -> dict[Path, str]:
-        """Everything is there and is what the hub says: SHA-256 of every file written. Raises PrepareError, OSError."""
+        """Everything is there and is what the hub says: SHA-256 of every file written. Raises PrepareError, OSError.
+
+        The journal stays until `forget`, so that whoever is killed before the files have their final place verifies them again
+        and downloads nothing.
+        """
         self._make_room()
         try:
             self._download(label)
         finally:
             self._write_journal()
-        digests = self._verify(label)
+        return self._verify(label)
+
+    def forget(self) -> None:
+        """What came has its final place: the journal has done its work."""
         self._journal.unlink(missing_ok=True)
-        return digests
 
     # -- bringing ------------------------------------------------------------------------------------------------------
 
@@ -164,7 +172,7 @@ class Transfer:
     def _take_up(self, file: Placed, before: _Known | None) -> _Known:
         """What the journal says of this very file, if the bytes can still be there; else nothing."""
         remote = file.remote
-        fresh = _Known(remote.size, remote.digest, self.range_bytes, [0] * -(-remote.size // self.range_bytes))
+        fresh = _Known(remote.size, remote.digest or remote.url, self.range_bytes, [0] * -(-remote.size // self.range_bytes))
         same = before and (before.size, before.digest, before.range_bytes) == (fresh.size, fresh.digest, fresh.range_bytes)
         there = file.path.is_file() and file.path.stat().st_size >= file.offset + remote.size
         return before if before and same and there and len(before.done) == len(fresh.done) else fresh
@@ -188,15 +196,18 @@ class Transfer:
     def _verify(self, label: str) -> dict[Path, str]:
         """One pass over what was written. Parts of one file are read in their order, so that its own digest comes out too."""
         wholes: dict[Path, hashlib._Hash] = {}
+        files_at = Counter(file.path for file in self.files)
         with Progress(f"verifying {label}", self.size, "bytes") as bar:
             for file in self.files:
-                whole, part = wholes.setdefault(file.path, hashlib.sha256()), _hasher(file.remote)
-                _feed((whole, part), file, bar)
+                whole = wholes.setdefault(file.path, hashlib.sha256())
+                alone = files_at[file.path] == 1 and not GIT_SHA1.fullmatch(file.remote.digest)
+                part = whole if alone else _hasher(file.remote)
+                _feed({whole, part}, file, bar)
                 if file.remote.digest and part.hexdigest() != file.remote.digest:
-                    self._forget(file)
+                    self._start_over(file)
         return {path: whole.hexdigest() for path, whole in wholes.items()}
 
-    def _forget(self, file: Placed) -> None:
+    def _start_over(self, file: Placed) -> None:
         self._known[file.remote.name].done = [0] * len(self._known[file.remote.name].done)
         self._write_journal()
         raise PrepareError(
@@ -242,7 +253,7 @@ def _hasher(remote: RemoteFile) -> hashlib._Hash:
     return hashlib.sha256()
 
 
-def _feed(hashers: Sequence[hashlib._Hash], file: Placed, bar: Progress) -> None:
+def _feed(hashers: Collection[hashlib._Hash], file: Placed, bar: Progress) -> None:
     left = file.remote.size
     with file.path.open("rb") as source:
         source.seek(file.offset)

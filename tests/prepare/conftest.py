@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import uvicorn
 from fastapi import FastAPI
@@ -19,6 +20,8 @@ from services.contract.config import Config
 from services.prepare.factbook import Place, load_places, plain
 from services.prepare.passages import Passage, build_passages
 from tests.conftest import free_port
+from tests.prepare.hub_server import HubServer, running_hub
+from tests.prepare.small_hub import FILES, REPO
 
 COUNTRIES = 24
 
@@ -111,3 +114,16 @@ def retriever(prepared: Path) -> Iterator[StandInRetriever]:
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A hub with the content of `small_hub`, to which huggingface_hub turns as if HF_ENDPOINT had named it."""
+    with running_hub() as server:
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        server.add(REPO, FILES)
+        yield server

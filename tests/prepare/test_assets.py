@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import subprocess
@@ -100,6 +101,24 @@ def test_user_rows_are_checked_once(tmp_path: Path) -> None:
     check_user_data(tmp_path, data)
     assert stamps(tmp_path) == before
     assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["corpus.jsonl", "eval.jsonl", "train.jsonl"]
+
+
+def test_a_compressed_corpus_is_left_to_the_retriever(tmp_path: Path) -> None:
+    data = user_data(tmp_path / "mine")
+    data["corpus"].write_bytes(gzip.compress(PASSAGE.encode()))
+    steps = asset_steps(small_config(tmp_path, data=data))
+    assert [step.name for step in steps if step.name.startswith("check")] == ["check of train_questions", "check of eval_questions"]
+
+
+def test_questions_of_another_format_are_converted_beside_ones_that_are_not(tmp_path: Path) -> None:
+    data = user_data(tmp_path / "mine")
+    (tmp_path / "mine" / "train.csv").write_text("question,answer\nWhy?,so\n")
+    config = small_config(tmp_path, data=data | {"train_questions": tmp_path / "mine" / "train.csv"})
+    for step in asset_steps(config):
+        if step.name != "policy":
+            run_step(step)
+    assert [question.example_id for question in read_questions(config.data.train_path)] == ["train:1"]
+    assert config.data.eval_path == data["eval_questions"]
 
 
 def test_user_rows_are_checked_again_after_a_change(tmp_path: Path) -> None:

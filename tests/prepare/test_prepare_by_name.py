@@ -18,7 +18,7 @@ import pyarrow.parquet
 import pytest
 
 from services.contract.config import load_config
-from services.prepare.models import write_tiny
+from services.retriever.corpus import Corpus
 from tests.prepare.hub_server import Fault, HubServer, running_hub
 from tests.prepare.test_question_files import SEARCH_R1_ROW
 
@@ -68,17 +68,12 @@ def parquet(*sources: str) -> bytes:
     return out.getvalue()
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_tiny(folder, seed=0, max_context=512)
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 @pytest.fixture
-def hub(tiny: dict[str, bytes]) -> Iterator[HubServer]:
+def hub(prepared: Path) -> Iterator[HubServer]:
+    """The repositories that RUN names, of their real names; the model is the one of `prepared`."""
+    model = {path.name: path.read_bytes() for path in (prepared / "models" / "policy").iterdir() if path.name != "manifest.json"}
     with running_hub() as server:
-        server.add("owner/tiny", tiny)
+        server.add("owner/tiny", model)
         server.add(CORPUS, {"wiki-18.jsonl.gz": tar_gz(PASSAGES)})
         server.add(QUESTIONS, {"train.parquet": parquet("nq", "hotpotqa"), "test.parquet": parquet("nq", "popqa")})
         yield server
@@ -94,7 +89,7 @@ def run(tmp_path: Path) -> Path:
 def start(run: Path, hub: HubServer, *command: str) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "FORAGE_"))}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
-    line = [sys.executable, "-m", "services.suite", *command, "--config", str(run)]
+    line = [sys.executable, "-m", "services.suite", *command, "-c", str(run)]
     return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -112,8 +107,6 @@ def test_a_configuration_of_names_becomes_files_that_the_services_read(run: Path
     train = [json.loads(line) for line in config.data.train_path.read_text().splitlines()]
     assert [(row["source"], row["golden_answers"]) for row in train] == [("nq", ["Ann"]), ("hotpotqa", ["Ann"])]
     assert train[0]["prompt"] == SEARCH_R1_ROW["prompt"]
-    from services.retriever.corpus import Corpus
-
     assert len(Corpus.open(config.data.corpus_path)) == 500
     asked = len(hub.seen)
     assert "downloading" not in finish(start(run, hub, "prepare"))
