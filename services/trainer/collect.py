@@ -55,6 +55,8 @@ class Collector:
     def __init__(self, store: GroupStore, timeout_s: float, check_stop: Callable[[], None]) -> None:
         self.store, self.timeout_s, self.check_stop = store, timeout_s, check_stop
         self._notices: dict[str, dict[str, Graded]] = defaultdict(dict)
+        self._letters: list[DeadLetter] = []
+        """Of groups that nobody has asked for yet: training reads what an evaluation beside it will ask for, and the other way."""
         self._read_pending()
 
     def wait(
@@ -68,15 +70,12 @@ class Collector:
         dead: list[DeadLetter] = []
         heard = nudged = time.monotonic()
         while True:
-            ready = [g for g, notices in self._notices.items() if (n := size(g)) is not None and len(notices) >= n]
+            ready = self._whole(size)
             if len(ready) + len(dead) >= count:
-                return self._take(sorted(ready)[: max(0, count - len(dead))]), dead
+                return self._take(ready[: max(0, count - len(dead))]), dead
             self.check_stop()
-            fresh = self.store.read_graded(READ_COUNT, BLOCK_MS)
-            letters = [letter for letter in self.store.read_dead() if size(letter.group_id) is not None]
+            fresh, letters = self._read(size, BLOCK_MS)
             dead += letters
-            self._keep(fresh)
-            self._forget({letter.group_id for letter in letters})
             now = time.monotonic()
             if fresh or letters:
                 heard = nudged = now
@@ -85,6 +84,24 @@ class Collector:
             elif now - nudged > IDLE_S:
                 on_idle()
                 nudged = now
+
+    def ready(self, size: Callable[[str], int | None]) -> tuple[list[CompleteGroup], list[DeadLetter]]:
+        """As `wait`, but only what is there already."""
+        _, letters = self._read(size, 1)
+        return self._take(self._whole(size)), letters
+
+    def _whole(self, size: Callable[[str], int | None]) -> list[str]:
+        return sorted(g for g, notices in self._notices.items() if (n := size(g)) is not None and len(notices) >= n)
+
+    def _read(self, size: Callable[[str], int | None], block_ms: int) -> tuple[list[Graded], list[DeadLetter]]:
+        """(what was graded since, those of all letters that `size` asks for). What had been graded of a dead group is released."""
+        fresh = self.store.read_graded(READ_COUNT, block_ms)
+        self._keep(fresh)
+        letters = [*self._letters, *self.store.read_dead()]
+        asked_for = [letter for letter in letters if size(letter.group_id) is not None]
+        self._letters = [letter for letter in letters if letter not in asked_for]
+        self._forget({letter.group_id for letter in asked_for})
+        return fresh, asked_for
 
     def discard(self, keep: Callable[[str], bool]) -> None:
         """Release groups that nobody will ask for: given up, of an evaluation that was over, or consumed before a crash."""

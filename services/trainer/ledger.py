@@ -13,6 +13,7 @@ from typing import Literal
 
 import msgspec
 
+from services.contract.scores import Evaluation
 from services.contract.weights import WeightsError, collect_garbage, publish, published_versions, verify, version_folder
 
 logger = logging.getLogger("trainer")
@@ -22,25 +23,13 @@ Stage = Literal["evaluate_start", "warm_start", "evaluate_warm", "grpo", "evalua
 STAGES: tuple[Stage, ...] = ("evaluate_start", "warm_start", "evaluate_warm", "grpo", "evaluate_final", "done")
 
 
-class Evaluation(msgspec.Struct, frozen=True):
-    """Scores of one policy on the held-out questions; shares between 0 and 1."""
+class PendingEvaluation(msgspec.Struct, frozen=True):
+    """An evaluation that was fed while training goes on. Its answers so far are in its file."""
 
     label: str
     version: int
+    """That it was fed for."""
     step: int
-    questions: int
-    exact_match: float
-    format: float
-    searches: float
-    """Per question."""
-    answered: float
-    """Share that ends in an answer after at least one search."""
-    by_source: dict[str, dict[str, float]]
-    """The same figures for every kind of question."""
-    seconds: float
-    f1: float | None = None
-    sub_match: float | None = None
-    """None in the ledger of a run that was begun before these figures were taken."""
 
 
 class Ledger(msgspec.Struct):
@@ -60,6 +49,7 @@ class Ledger(msgspec.Struct):
     consumed_beyond: list[int] = []
     """Consumed ones at or after `next_index`, sorted."""
     evaluations: list[Evaluation] = []
+    pending_evaluations: list[PendingEvaluation] = []
     order: str = ""
     """Fingerprint of the order that the numbers above count in. "": a run that was begun before it was kept."""
 

@@ -1,103 +1,139 @@
-"""What a step leaves behind: a readable line, a JSONL row, TensorBoard scalars. A resumed run drops what its ledger lacks."""
+"""The figures of a step, each under the name of its group: `reward/mean`, `mismatch/k3`. docs/metrics.md explains every one.
+
+| group      | is about                                                              | comes from                        |
+|------------|-----------------------------------------------------------------------|-----------------------------------|
+| reward     | what the batch earned                                                 | `rollout_metrics`                 |
+| search     | how the episodes went: searches, lengths, thoughts                    | `rollout_metrics`                 |
+| staleness  | how old the batch was, which groups went astray                       | `rollout_metrics`, `flow_metrics` |
+| objective  | loss, gradient, KL, clipping                                          | the learner, `learner_metrics`    |
+| mismatch   | trainer against engine on the same tokens                             | the learner, `learner_metrics`    |
+| time       | where the seconds went                                                | `main.grpo`, the learner          |
+| warnings   | early signs of collapse                                               | collapse.py                       |
+| eval       | held-out questions                                                    | `evaluation_metrics`              |
+| warm_start | the supervised steps                                                  | `warm_start_metrics`              |
+"""
 
 from __future__ import annotations
 
-import json
-import logging
-from pathlib import Path
+import re
+from collections import Counter
 from statistics import fmean
 from typing import Any
 
 from services.contract.messages import Trajectory
+from services.contract.scores import Evaluation
 from services.trainer.collect import CompleteGroup
 from services.trainer.objective.advantages import zero_variance
 
-logger = logging.getLogger("trainer")
+Figures = dict[str, Any]
+"""Numbers, but for `staleness/histogram`, a list of counts."""
+
+PARTS = ("exact_match", "sub_match", "f1", "format", "retrieval")
+EVALUATED = ("exact_match", "sub_match", "f1", "format", "searches", "answered")
+MISMATCH = re.compile(r"mismatch_(\w+)|(importance_\w+|rejected_fraction)")
+_ACTION_BLOCK = re.compile(r"<(search|answer)>.*?</\1>", re.DOTALL)
+_THINK_TAG = re.compile(r"</?think>")
 
 
-def rollout_metrics(groups: list[CompleteGroup], version: int) -> dict[str, float]:
-    """Figures of the trajectories of one batch, before training; means over trajectories unless the name says otherwise."""
+def rollout_metrics(groups: list[CompleteGroup], version: int) -> Figures:
+    """Of the trajectories of one batch, before training; means over trajectories unless the name says otherwise."""
     trajectories = [t for group in groups for t in group.trajectories]
-    model_tokens = [sum(t.loss_mask) for t in trajectories]
+    return _rewards(groups, trajectories) | _searching(trajectories) | _staleness(groups, trajectories, version)
+
+
+def _rewards(groups: list[CompleteGroup], trajectories: list[Trajectory]) -> Figures:
     return {
-        "reward": fmean(t.reward or 0.0 for t in trajectories),
-        **{name: _part(trajectories, name) for name in ("exact_match", "sub_match", "f1", "format", "retrieval")},
-        "searches": fmean(t.searches for t in trajectories),
-        "response_tokens": fmean(len(t.response_ids) for t in trajectories),
-        "model_tokens": fmean(model_tokens),
-        "model_tokens_total": float(sum(model_tokens)),
-        "truncated": fmean(t.status == "truncated" for t in trajectories),
-        "zero_variance_groups": fmean(zero_variance(group.rewards) for group in groups),
-        "staleness": fmean(version - t.lowest_version for t in trajectories if t.lowest_version >= 0),
-        "staleness_max": float(max(group.staleness(version) for group in groups)),
+        "reward/mean": fmean(t.reward or 0.0 for t in trajectories),
+        **{f"reward/{name}": fmean(t.reward_parts.get(name, 0.0) for t in trajectories) for name in PARTS},
+        "reward/zero_variance": fmean(zero_variance(group.rewards) for group in groups),
+        "reward/groups": float(len(groups)),
     }
 
 
-def _part(trajectories: list[Trajectory], name: str) -> float:
-    return fmean(t.reward_parts.get(name, 0.0) for t in trajectories)
+def _searching(trajectories: list[Trajectory]) -> Figures:
+    own = [sum(t.loss_mask) for t in trajectories]
+    return {
+        "search/per_episode": fmean(t.searches for t in trajectories),
+        "search/none": fmean(t.searches == 0 for t in trajectories),
+        "search/answered": fmean(t.answer is not None for t in trajectories),
+        "search/truncated": fmean(t.status == "truncated" for t in trajectories),
+        "search/response_tokens": fmean(len(t.response_ids) for t in trajectories),
+        "search/model_tokens": fmean(own),
+        "search/model_tokens_total": float(sum(own)),
+        "search/thought_tokens": fmean(n * thought_share(t) for n, t in zip(own, trajectories, strict=True)),
+        "time/episode_generate_s": fmean(t.timings.get("generate_s", 0.0) for t in trajectories),
+        "time/episode_retrieve_s": fmean(t.timings.get("retrieve_s", 0.0) for t in trajectories),
+    }
 
 
-class Journal:
-    """`metrics.jsonl`, TensorBoard and the log, for one run. Rows after `last_step` of a resumed run are dropped first."""
-
-    def __init__(self, folder: Path, warm_step: int, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
-        self._keep_rows(warm_step, step)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
-
-    def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One row: `kind` is warm_start, grpo or evaluation."""
-        row = {"kind": kind, "step": step, **{name: _rounded(value) for name, value in values.items()}}
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
-        self._board.flush()
-
-    def rows(self, kind: str) -> list[dict[str, Any]]:
-        return [row for row in self._read() if row["kind"] == kind]
-
-    def _read(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
-        rows = []
-        for line in self.path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                logger.warning("%s: a torn line was left out", self.path)
-        return rows
-
-    def _keep_rows(self, warm_step: int, step: int) -> None:
-        last = {"warm_start": warm_step, "grpo": step, "evaluation": step}
-        kept = [row for row in self._read() if row["step"] <= last.get(row["kind"], step)]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        temporary.replace(self.path)
+def thought_share(trajectory: Trajectory) -> float:
+    """Share of what the model wrote, by characters, that is neither a search nor an answer block nor a think tag: its thoughts,
+    inside <think> or not. 0 if it wrote nothing."""
+    written = [span.text for span in trajectory.spans if span.kind == "model"]
+    thoughts = (_THINK_TAG.sub("", _ACTION_BLOCK.sub("", text)).strip() for text in written)
+    whole = sum(map(len, written))
+    return sum(map(len, thoughts)) / whole if whole else 0.0
 
 
-def _critic(row: dict[str, float]) -> str:
-    if "value_loss" not in row:
-        return ""
-    explained = f" explains {row['explained_variance']:.0%}" if "explained_variance" in row else ""
-    return f"critic {row['value_loss']:.4f}{explained}  "
+def _staleness(groups: list[CompleteGroup], trajectories: list[Trajectory], version: int) -> Figures:
+    lags = [version - t.lowest_version for t in trajectories if t.lowest_version >= 0]
+    counts = Counter(lags)
+    return {
+        "staleness/mean": fmean(lags) if lags else 0.0,
+        "staleness/max": float(max(group.staleness(version) for group in groups)),
+        "staleness/histogram": [counts[lag] for lag in range(max(lags, default=0) + 1)],
+    }
 
 
-def _rounded(value: Any) -> Any:
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+def learner_metrics(figures: dict[str, float]) -> Figures:
+    """The learner's figures by group; one that is not about the engine or the clock belongs to the objective."""
+    return {_learner_name(name): value for name, value in figures.items()}
 
 
-def step_line(step: int, steps: int, row: dict[str, float]) -> str:
+def _learner_name(name: str) -> str:
+    if name in ("seconds", "critic_s"):
+        return {"seconds": "time/optimizer_s", "critic_s": "time/critic_s"}[name]
+    if match := MISMATCH.fullmatch(name):
+        return f"mismatch/{match[1] or match[2]}"
+    return f"objective/{name}"
+
+
+def flow_metrics(figures: dict[str, float], version: int) -> Figures:
+    """Of `Batches.figures`: groups that went astray, and of the version just published."""
+    return {f"staleness/{name}": float(value) for name, value in figures.items()} | {"staleness/version": float(version)}
+
+
+def warm_start_metrics(figures: dict[str, float]) -> Figures:
+    return {f"warm_start/{name}": value for name, value in figures.items()}
+
+
+def evaluation_metrics(evaluation: Evaluation) -> Figures:
+    """`eval/exact_match` of the whole, with its interval, and `eval/<source>/exact_match` of every kind of question."""
+    whole = {name: getattr(evaluation, name) for name in EVALUATED} | evaluation.pass_at
+    bounds = {
+        name: evaluation.intervals[name] for name in ("exact_match", "f1", *evaluation.pass_at) if name in evaluation.intervals
+    }
+    whole |= {f"{name}_{end}": value for name, pair in bounds.items() for end, value in zip(("low", "high"), pair, strict=True)}
+    facts = ("questions", "samples", "lost", "seconds", "version", "lowest_version", "highest_version")
+    whole |= {name: getattr(evaluation, name) for name in facts}
+    kinds = {f"{source}/{name}": value for source, row in evaluation.by_source.items() for name, value in row.items()}
+    return {f"eval/{name}": value for name, value in (whole | kinds).items()}
+
+
+def step_line(step: int, steps: int, row: Figures) -> str:
     """One GRPO step for a person: what came in, what was learned, where the seconds went."""
     return (
-        f"step {step}/{steps}  reward {row['reward']:.3f}  EM {row['exact_match']:.3f}  format {row['format']:.2f}  "
-        f"searches {row['searches']:.2f}  tokens {row['response_tokens']:.0f}  "
-        f"engine KL {row['mismatch_k3']:.1e} (|Δ| {row['mismatch_abs']:.1e})  stale {row['staleness']:.1f}  "
-        f"no-variance {row['zero_variance_groups']:.0%}  grad {row['grad_norm']:.2f}  {_critic(row)}| "
-        f"rollout {row['rollout_s']:.0f} s, train {row['train_s']:.0f} s, publish {row['publish_s']:.1f} s  "
-        f"{row['tokens_per_s']:.0f} tok/s"
+        f"step {step}/{steps}  reward {row['reward/mean']:.3f}  EM {row['reward/exact_match']:.3f}  "
+        f"format {row['reward/format']:.2f}  searches {row['search/per_episode']:.2f}  tokens {row['search/response_tokens']:.0f}  "
+        f"engine KL {row['mismatch/k3']:.1e} (|Δ| {row['mismatch/abs']:.1e})  stale {row['staleness/mean']:.1f}  "
+        f"no-variance {row['reward/zero_variance']:.0%}  grad {row['objective/grad_norm']:.2f}  {_critic(row)}| "
+        f"rollout {row['time/rollout_s']:.0f} s, train {row['time/train_s']:.0f} s, publish {row['time/publish_s']:.1f} s  "
+        f"{row['time/tokens_per_s']:.0f} tok/s"
     )
+
+
+def _critic(row: Figures) -> str:
+    if "objective/value_loss" not in row:
+        return ""
+    explained = f" explains {row['objective/explained_variance']:.0%}" if "objective/explained_variance" in row else ""
+    return f"critic {row['objective/value_loss']:.4f}{explained}  "

@@ -1,14 +1,11 @@
-"""What a person reads at the end, and what a resumed run keeps of its journal."""
+"""What a person reads of evaluations: the table at the end, the line of each."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import msgspec
 
-from services.trainer.ledger import Evaluation
-from services.trainer.metrics import Journal, rollout_metrics
-from services.trainer.report import results_table
-from tests.factories import make_complete_group
+from services.contract.scores import Evaluation
+from services.trainer.report import evaluation_line, results_table
 
 
 def evaluation(label: str, exact_match: float) -> Evaluation:
@@ -41,33 +38,13 @@ def test_a_run_without_evaluations_says_so() -> None:
     assert results_table([]) == "no evaluation was made"
 
 
-def test_a_resumed_journal_drops_what_the_checkpoint_does_not_contain(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, warm_step=0, step=0)
-    journal.record("warm_start", 1, {"loss": 1.0})
-    for step in (1, 2, 3):
-        journal.record("grpo", step, {"reward": 0.1})
-    with journal.path.open("a") as file:
-        file.write('{"kind": "grpo", "st')  # torn by a crash
-    resumed = Journal(tmp_path, warm_step=1, step=2)
-    assert [row["step"] for row in resumed.rows("grpo")] == [1, 2]
-    assert [row["step"] for row in resumed.rows("warm_start")] == [1]
-    assert all(json.loads(line) for line in resumed.path.read_text().splitlines())
+def test_a_sampled_evaluation_is_not_called_greedy() -> None:
+    sampled = msgspec.structs.replace(evaluation("grpo", 0.5), samples=4, pass_at={"pass@4": 0.75})
+    assert results_table([sampled]).startswith("GRPO, mean of 4 samples")
 
 
-def test_the_parts_of_the_reward_are_averaged_over_a_batch() -> None:
-    group = make_complete_group("t0", [1.0, 0.0])
-    first, second = group.trajectories
-    first.reward_parts = {"exact_match": 1.0, "sub_match": 1.0, "f1": 1.0, "retrieval": 1.0}
-    second.reward_parts = {"exact_match": 0.0, "sub_match": 1.0, "f1": 0.5}
-    figures = rollout_metrics([group], version=0)
-    assert (figures["exact_match"], figures["sub_match"], figures["f1"], figures["retrieval"]) == (0.5, 1.0, 0.75, 0.5)
-
-
-def test_batch_figures_count_what_they_say() -> None:
-    groups = [make_complete_group("t0", [1.0, 0.0], version=4), make_complete_group("t1", [0.0, 0.0], version=5)]
-    figures = rollout_metrics(groups, version=5)
-    assert figures["reward"] == 0.25
-    assert figures["zero_variance_groups"] == 0.5
-    assert figures["staleness"] == 0.5 and figures["staleness_max"] == 1
-    assert figures["searches"] == 1.0
-    assert figures["response_tokens"] == 7 and figures["model_tokens"] == 4 and figures["model_tokens_total"] == 16
+def test_the_line_of_an_evaluation_tells_how_sure_it_is_and_which_versions_answered() -> None:
+    e = msgspec.structs.replace(evaluation("step5", 0.5), intervals={"exact_match": (0.15, 0.85)}, pass_at={"pass@4": 0.75})
+    line = evaluation_line(msgspec.structs.replace(e, lowest_version=3, highest_version=5))
+    assert "EM 50.0% (15.0 to 85.0)  pass@4 75.0%" in line and line.endswith("answered by versions 3 to 5")
+    assert "versions" not in evaluation_line(e)
