@@ -21,6 +21,7 @@ from services.contract.groups import GroupStore
 from services.contract.messages import Demonstration, PromptGroup, Question, Segment, Span, Trajectory, VersionSpan
 from services.prepare.models import write_tiny
 from tests.conftest import RedisServer, free_port
+from tests.factories import grade
 
 ROOT = Path(__file__).parents[2]
 RUNS = ("ppo", "grpo")
@@ -63,9 +64,7 @@ def play(store: GroupStore, over: threading.Event) -> None:
                 store.store(trajectory, lease)
             store.finish(lease)
             for trajectory in played:
-                stored = store.load(trajectory.id)
-                assert stored
-                store.grade(stored, len(trajectory.response_ids) % 4 / 3, {})
+                grade(store, trajectory.id, len(trajectory.response_ids) % 4 / 3)
 
 
 @contextmanager
@@ -175,7 +174,7 @@ def test_a_kl_that_is_asked_for_later_does_not_take_the_starting_model_for_the_r
 def test_the_policy_after_the_warm_start_is_kept_as_the_reference(reports: dict[str, Any]) -> None:
     assert "reference" in reports["with KL"]["folders"] and "reference" not in reports["begun"]["folders"]
     # One optimizer step, from the reference itself: they have not parted yet.
-    assert reports["with KL"]["rows"][0]["reference_kl"] == pytest.approx(0, abs=1e-6)
+    assert reports["with KL"]["rows"][0]["objective/reference_kl"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_critic_that_is_asked_for_later_is_refused(reports: dict[str, Any]) -> None:
