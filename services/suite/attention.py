@@ -54,6 +54,7 @@ def file_attention(progress: Progress, parts: list[Part]) -> Iterator[str]:
     """What the run's folder shows."""
     if progress.problem:
         yield progress.problem
+    yield from progress.warnings
     for part in parts:
         if part.age_s > HEARTBEAT_MAX_AGE_S:
             yield f"{part.name} gave its last heartbeat {format_seconds(part.age_s)} ago ({part.state})"

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
-import socket
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import typer
 
-from services.contract.config import Config, ConfigError, dump_config, load_config
+from services.contract.config import Config, dump_config, load_config
 from services.contract.telemetry import configure_logging
-
-DEFAULT_CONFIG = "configs/quickstart.toml"
-SHARED_ENVIRONMENT = {
-    "PYTHONUNBUFFERED": "1",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",  # trainer and engine take turns on the same cores: waiting threads must sleep, not spin
-}
+from services.suite import cli_models, cli_runs
+from services.suite.options import DEFAULT_CONFIG, SHARED_ENVIRONMENT, ConfigOption, mistakes_told
 
 app = typer.Typer(help="Trains language models to search.", no_args_is_help=True, add_completion=False)
 config_app = typer.Typer(help="Look at a run's configuration.", no_args_is_help=True)
 data_app = typer.Typer(help="Look at questions before training on them.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
-
-ConfigOption = Annotated[str, typer.Option("--config", "-c", envvar="FORAGE_CONFIG", help="A TOML file.")]
+app.add_typer(cli_runs.app, name="runs")
+app.command("export")(cli_models.export)
+app.command("eval")(cli_models.evaluate)
 
 
 @app.command()
@@ -39,15 +32,17 @@ def up(
 ) -> None:
     """Start the whole suite as local processes, train to the end, stop everything. Ctrl-C stops it sooner and loses nothing."""
     from services.suite.plan import make_plan
+    from services.suite.ports import free_port, hold_folder, refuse_taken_port
     from services.suite.redis_address import address_file
     from services.suite.supervisor import SuiteFailed, Supervisor
 
     logger = configure_logging("suite")
     resolved = _load(config)
     folder = resolved.run.folder / "suite"
-    lock = _lock(folder)
-    _refuse_taken_port(resolved)
-    port = _free_port()
+    with mistakes_told():
+        lock = hold_folder(folder)
+        refuse_taken_port(resolved)
+    port = free_port()
     redis_url = f"redis://127.0.0.1:{port}/0"
     environment = os.environ | SHARED_ENVIRONMENT | {"FORAGE_REDIS__URL": redis_url}
     plan = make_plan(resolved, config, folder, port, rollout)
@@ -148,41 +143,8 @@ def show(config: ConfigOption = DEFAULT_CONFIG) -> None:
 
 
 def _load(path: str) -> Config:
-    try:
+    with mistakes_told():
         return load_config(path)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(2) from None
-
-
-def _lock(folder: Path):  # noqa: ANN202 - a file object, held until the suite ends
-    """Two suites must not share one run's folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / "lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        print(f"a suite is already running on {folder.parent}: stop it, or give this run another name (run.name)", file=sys.stderr)
-        raise typer.Exit(2) from None
-    return file
-
-
-def _refuse_taken_port(config: Config) -> None:
-    host, port = config.retriever.host, config.retriever.port
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            where = "set FORAGE_RETRIEVER__PORT and FORAGE_RETRIEVER__URL to another"
-            print(f"the retriever's port {port} cannot be used ({error.strerror}): {where}", file=sys.stderr)
-            raise typer.Exit(2) from None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def main() -> None:

@@ -37,29 +37,65 @@ class Service:
 
 def make_plan(config: Config, config_path: str, folder: Path, redis_port: int, rollouts: int) -> list[Service]:
     """The services in the order in which they start; stopped in the reverse order."""
-
-    def python(name: str, module: str, *arguments: str, after: tuple[str, ...], **options: object) -> Service:
-        heartbeat = folder / f"{name}.heartbeat"
-        options.setdefault("is_ready", lambda: _beats(heartbeat))
-        environment = {"FORAGE_HEARTBEAT_FILE": str(heartbeat)}
-        if module == "prepare":  # the only one that downloads, and only what the configuration names
-            environment["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "0")
-        command = [sys.executable, "-m", f"services.{module}", *arguments, "--config", config_path]
-        return Service(name, command, after, environment=environment, **options)  # type: ignore[arg-type]
-
-    workers = [f"rollout-{i}" if rollouts > 1 else "rollout" for i in range(1, rollouts + 1)]
-    services = [
-        _redis(folder / "redis", redis_port),
-        python("prepare", "prepare", "assets", after=(), one_shot=True),
-        python("index", "retriever", "index", "build", after=("prepare",), one_shot=True),
-        python("retriever", "retriever", "serve", after=("index",), is_ready=lambda: _answers(f"{config.retriever.url}/ready")),
-        python("reward", "reward", after=("redis",)),
-        *[python(name, "rollout", after=("redis", "retriever"), grace_s=config.rollout.shutdown_grace_s + 15) for name in workers],
-    ]
+    services = [_redis(folder / "redis", redis_port), *_searching(config, config_path, folder)]
+    services += _playing(config, config_path, folder, rollouts, after=("redis", "retriever"))
     if config.trainer.warm_start.epochs:
-        services.append(python("demonstrations", "prepare", "demonstrations", after=("retriever",), one_shot=True))
+        arguments = ("prepare", "demonstrations")
+        services.append(_python("demonstrations", arguments, config_path, folder, after=("retriever",), one_shot=True))
     waits = ("redis", *(["demonstrations"] if config.trainer.warm_start.epochs else ["prepare"]))
-    return [*services, python("trainer", "trainer", after=waits, final=True, grace_s=300)]
+    return [*services, _python("trainer", ("trainer",), config_path, folder, after=waits, final=True, grace_s=300)]
+
+
+def make_eval_plan(
+    config: Config, config_path: str, folder: Path, redis_port: int, rollouts: int, job: Path, own_retriever: bool
+) -> list[Service]:
+    """As `make_plan`, with the evaluator in the trainer's place; without a retriever where none is needed or one runs already."""
+    services = [_redis(folder / "redis", redis_port)]
+    if own_retriever:
+        services += _searching(config, config_path, folder)
+    waits = ("redis", *(["retriever"] if own_retriever else []))
+    services += _playing(config, config_path, folder, rollouts, after=waits)
+    evaluator = _python("evaluator", ("trainer.eval_main", "--job", str(job)), config_path, folder, after=waits, final=True)
+    return [*services, evaluator]
+
+
+def answers(url: str) -> bool:
+    """Whether a service is ready at its address."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as reply:
+            return reply.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _searching(config: Config, config_path: str, folder: Path) -> list[Service]:
+    ready = f"{config.retriever.url}/ready"
+    return [
+        _python("prepare", ("prepare", "assets"), config_path, folder, one_shot=True),
+        _python("index", ("retriever", "index", "build"), config_path, folder, after=("prepare",), one_shot=True),
+        _python("retriever", ("retriever", "serve"), config_path, folder, after=("index",), is_ready=lambda: answers(ready)),
+    ]
+
+
+def _playing(config: Config, config_path: str, folder: Path, rollouts: int, after: tuple[str, ...]) -> list[Service]:
+    names = [f"rollout-{i}" if rollouts > 1 else "rollout" for i in range(1, rollouts + 1)]
+    grace_s = config.rollout.shutdown_grace_s + 15
+    workers = [_python(name, ("rollout",), config_path, folder, after=after, grace_s=grace_s) for name in names]
+    return [_python("reward", ("reward",), config_path, folder, after=("redis",)), *workers]
+
+
+def _python(
+    name: str, arguments: tuple[str, ...], config_path: str, folder: Path, after: tuple[str, ...] = (), **options: object
+) -> Service:
+    """A service of ours: `python -m services.<arguments>`, ready by its heartbeat unless the options say how."""
+    heartbeat = folder / f"{name}.heartbeat"
+    options.setdefault("is_ready", lambda: _beats(heartbeat))
+    module, *rest = arguments
+    environment = {"FORAGE_HEARTBEAT_FILE": str(heartbeat)}
+    if module == "prepare":  # the only one that downloads, and only what the configuration names
+        environment["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "0")
+    command = [sys.executable, "-m", f"services.{module}", *rest, "--config", config_path]
+    return Service(name, command, after, environment=environment, **options)  # type: ignore[arg-type]
 
 
 def _redis(folder: Path, port: int) -> Service:
@@ -79,14 +115,6 @@ def _pings(port: int) -> bool:
         return False
     finally:
         client.close()
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as reply:
-            return reply.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def _beats(heartbeat: Path) -> bool:

@@ -47,6 +47,8 @@ class Progress(msgspec.Struct, frozen=True):
     written_s: float | None
     """Seconds since the journal was written."""
     problem: str | None
+    warnings: list[str] = []
+    """Early signs of collapse that show after the last step, each as it was told at its onset."""
 
 
 def read_progress(config: Config, parts: list[Part], now: float | None = None) -> Progress:
@@ -63,9 +65,10 @@ def read_progress(config: Config, parts: list[Part], now: float | None = None) -
         step=steps[-1] if steps else None,
         warm_start=next((row for row in reversed(rows) if row["kind"] == "warm_start"), None),
         evaluations=[row for row in rows if row["kind"] == "evaluation"],
-        rewards=[row["reward"] for row in steps[-REWARDS_SHOWN:] if isinstance(row.get("reward"), (int, float))],
+        rewards=[row["reward/mean"] for row in steps[-REWARDS_SHOWN:] if isinstance(row.get("reward/mean"), (int, float))],
         written_s=written,
         problem=problem,
+        warnings=_warnings(rows, steps[-1]) if steps else [],
     )
 
 
@@ -100,6 +103,12 @@ def _journal(path: Path, now: float) -> tuple[list[dict[str, Any]], float | None
     whole = [row for row in rows if row is not None]
     torn = len(rows) - len(whole)
     return whole, written, f"{path}: {torn} torn line(s) left out" if torn else None
+
+
+def _warnings(rows: list[dict[str, Any]], step: dict[str, Any]) -> list[str]:
+    """The latest sentence of every sign that the last step shows."""
+    told = {row.get("sign"): f"step {row.get('step')}: {row.get('text')}" for row in rows if row["kind"] == "warning"}
+    return [sentence for sign, sentence in told.items() if step.get(f"warnings/{sign}")]
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

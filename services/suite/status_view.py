@@ -22,17 +22,17 @@ NONE = "–"
 BARS = "▁▂▃▄▅▆▇█"
 STATE_STYLES = {"ready": "green", "paused": "cyan", "loading": "yellow", "stale": "red", "gone": "red"}
 STEP_FIGURES = {
-    "reward": ("reward", "{:.3f}"),
-    "exact_match": ("EM", "{:.3f}"),
-    "format": ("format", "{:.2f}"),
-    "searches": ("searches", "{:.2f}"),
-    "response_tokens": ("tokens", "{:.0f}"),
-    "staleness": ("stale", "{:.1f}"),
-    "grad_norm": ("grad", "{:.2f}"),
-    "rollout_s": ("rollout s", "{:.0f}"),
-    "train_s": ("train s", "{:.0f}"),
-    "publish_s": ("publish s", "{:.1f}"),
-    "tokens_per_s": ("tokens/s", "{:.0f}"),
+    "reward/mean": ("reward", "{:.3f}"),
+    "reward/exact_match": ("EM", "{:.3f}"),
+    "reward/format": ("format", "{:.2f}"),
+    "search/per_episode": ("searches", "{:.2f}"),
+    "search/response_tokens": ("tokens", "{:.0f}"),
+    "staleness/mean": ("stale", "{:.1f}"),
+    "objective/grad_norm": ("grad", "{:.2f}"),
+    "time/rollout_s": ("rollout s", "{:.0f}"),
+    "time/train_s": ("train s", "{:.0f}"),
+    "time/publish_s": ("publish s", "{:.1f}"),
+    "time/tokens_per_s": ("tokens/s", "{:.0f}"),
 }
 """Of a step's row in the journal: its name here and how it is written."""
 
@@ -98,9 +98,10 @@ def _trainer_facts(progress: Progress) -> list[tuple[str, list[str]]]:
         if len(progress.rewards) > 1:
             rows.append(("rewards", [sparkline(progress.rewards)]))
     elif row := progress.warm_start:
-        rows.append((f"warm start {row.get('step')}", [f"{name} {_number(row, name, '{:.3f}')}" for name in ("loss", "grad_norm")]))
+        figures = [f"{name} {_number(row, f'warm_start/{name}', '{:.3f}')}" for name in ("loss", "grad_norm")]
+        rows.append((f"warm start {row.get('step')}", figures))
     if progress.evaluations:
-        scores = [f"{e.get('label')} {_number(e, 'exact_match', '{:.1%}')}" for e in progress.evaluations]
+        scores = [f"{e.get('label')} {_number(e, 'eval/exact_match', '{:.1%}')}" for e in progress.evaluations]
         rows.append(("held-out EM", [" → ".join(scores)]))
     return rows
 

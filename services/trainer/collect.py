@@ -60,6 +60,7 @@ class Collector:
         self.store, self.timeout_s, self.check_stop = store, timeout_s, check_stop
         self._notices: dict[str, dict[str, Graded]] = defaultdict(dict)
         self._letters: list[DeadLetter] = []
+        """Of groups that nobody has asked for yet: training reads what an evaluation beside it will ask for, and the other way."""
         self._read_pending()
 
     def wait(
@@ -73,13 +74,11 @@ class Collector:
         dead: list[DeadLetter] = []
         heard = nudged = time.monotonic()
         while True:
-            ready = [g for g, notices in self._notices.items() if (n := size(g)) is not None and len(notices) >= n]
+            ready = self._whole(size)
             if len(ready) + len(dead) >= count:
-                return self._take(sorted(ready)[: max(0, count - len(dead))]), dead
+                return self._take(ready[: max(0, count - len(dead))]), dead
             self.check_stop()
-            fresh = self.store.read_graded(READ_COUNT, BLOCK_MS)
-            self._keep(fresh)
-            letters = self._take_dead(size)
+            fresh, letters = self._read(size, BLOCK_MS)
             dead += letters
             now = time.monotonic()
             if fresh or letters:
@@ -91,19 +90,29 @@ class Collector:
                 on_idle()
                 nudged = now
 
-    def take_dead(self, size: Callable[[str], int | None]) -> list[DeadLetter]:
-        """Groups that were given up, of those that `size` knows; what had been graded of them is released. The others' letters
-        are kept until somebody asks for them."""
-        self._keep(self.store.read_graded(READ_COUNT, None))  # a group's notices are older than its letter
-        return self._take_dead(size)
+    def ready(self, size: Callable[[str], int | None]) -> tuple[list[CompleteGroup], list[DeadLetter]]:
+        """As `wait`, but only what is there already."""
+        _, letters = self._read(size, None)
+        return self._take(self._whole(size)), letters
 
-    def _take_dead(self, size: Callable[[str], int | None]) -> list[DeadLetter]:
+    def take_dead(self, size: Callable[[str], int | None]) -> list[DeadLetter]:
+        """Letters about groups that `size` knows; what had been graded of them is released. The others' letters are kept until
+        somebody asks for them."""
+        return self._read(size, None)[1]
+
+    def _whole(self, size: Callable[[str], int | None]) -> list[str]:
+        return sorted(g for g, notices in self._notices.items() if (n := size(g)) is not None and len(notices) >= n)
+
+    def _read(self, size: Callable[[str], int | None], block_ms: int | None) -> tuple[list[Graded], list[DeadLetter]]:
+        """(what was graded since, those of all letters that `size` asks for). What had been graded of a dead group is released."""
+        fresh = self.store.read_graded(READ_COUNT, block_ms)  # first: a group's notices are older than its letter
+        self._keep(fresh)
         self._letters += self.store.read_dead()
         taken = [letter for letter in self._letters if size(letter.group_id) is not None]
         self._letters = [letter for letter in self._letters if size(letter.group_id) is None]
         buried = {letter.group_id for letter in taken}
         self.discard(lambda group_id: group_id not in buried)
-        return taken
+        return fresh, taken
 
     def discard(self, keep: Callable[[str], bool]) -> None:
         """Release groups that nobody will ask for: given up, of an evaluation that was over, or consumed before a crash."""

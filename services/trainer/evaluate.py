@@ -1,43 +1,57 @@
-"""Greedy evaluation on held-out questions, through the same prompts, engines and graders as training."""
+"""Evaluation on held-out questions, through the same prompts, engines and graders as training.
+
+Two ways (`trainer.eval_waits`):
+
+| way    | training     | which policy answers                                                                             |
+|--------|--------------|--------------------------------------------------------------------------------------------------|
+| waits  | stands still | exactly `version`: an answer that another version had a part in is asked for again               |
+| beside | goes on      | `version` or later ones, as the engines move on: the scores say the lowest and the highest seen  |
+
+Every answer is in the evaluation's file, synced, before its group is released. So an evaluation that was killed in the middle goes
+on where it was: waited for, because the stage asks for it again; beside, because the ledger lists it as pending.
+
+| crash                             | what the next start finds                                                              |
+|-----------------------------------|----------------------------------------------------------------------------------------|
+| group played, not in the file     | its trajectories in Redis, collected again                                             |
+| in the file, not released         | the group is not wanted any more: released as a stranger                               |
+| a line torn                       | left out, its question is asked again                                                  |
+| begun beside, no checkpoint since | the step is done again, and so is the beginning; groups of the first one are strangers |
+"""
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
-from statistics import fmean
 
 from services.contract.config import Config
 from services.contract.groups import GroupStore
-from services.contract.messages import Question, Trajectory
+from services.contract.messages import PromptGroup, Question
+from services.contract.scores import Evaluation, by_source, kind_row, score
 from services.contract.telemetry import Progress
-from services.trainer.collect import Collector
-from services.trainer.ledger import Evaluation
+from services.trainer.answer_book import AnswerBook, answer_of
+from services.trainer.collect import Collector, CompleteGroup
+from services.trainer.ledger import PendingEvaluation
 from services.trainer.questions import make_group
-from services.trainer.room import write_durably
-from services.trainer.transcripts import transcript_row
+from services.trainer.room import Patiently
 
 logger = logging.getLogger("trainer")
 
-FROM_PARTS = ("exact_match", "sub_match", "f1", "format")
-Patiently = Callable[[Callable[[], object]], object]
-"""Runs what it is given until the disk has room for it."""
-FIGURES = (*FROM_PARTS, "searches", "answered")
+PREFIX = "e-"
 
 
 def evaluation_group_id(label: str, version: int, place: int) -> str:
-    return f"e-{label}-v{version}-{place:05d}"
+    return f"{PREFIX}{label}-v{version}-{place:05d}"
 
 
 def is_evaluation(group_id: str) -> bool:
-    return group_id.startswith("e-")
+    return group_id.startswith(PREFIX)
 
 
 class Evaluator:
-    """Plays every question once and scores the whole and each kind. Lives on the lead rank."""
+    """Plays the held-out questions and scores the whole and each kind. Lives on the lead rank."""
 
     def __init__(
         self,
@@ -50,93 +64,146 @@ class Evaluator:
     ) -> None:
         self.config, self.store, self.collector, self.questions = config, store, collector, questions
         self.folder, self.patiently = folder, patiently
+        self._beside: dict[PendingEvaluation, tuple[AnswerBook, float]] = {}
+        """Those under way while training goes on, with the time of their beginning."""
+
+    # -- training waits ------------------------------------------------------------------------------------------------
 
     def evaluate(self, label: str, version: int, step: int) -> Evaluation:
-        """Scores of `version`. Questions whose group was given up count as wrong, and are told about."""
-        started = time.monotonic()
-        wanted = {evaluation_group_id(label, version, i): q for i, q in enumerate(self.questions)}
-        played = self._collect(label, version, wanted)
-        self._write_transcripts(label, step, wanted, played)
-        return _score(label, version, step, wanted, played, time.monotonic() - started)
+        """Scores of exactly this version. Questions whose group was given up count as wrong, and are told about."""
+        asked = PendingEvaluation(label, version, step)
+        started, book = time.monotonic(), self._book(asked)
+        self._forget_strangers(book)
+        with Progress(f"evaluating ({label})", len(book.groups), "questions") as bar:
+            bar.advance(len(book.answers))
+            gather(self.store, self.collector, book, bar, accept=lambda group: _is_of(group, version))
+        return _evaluation(asked, book, time.monotonic() - started)
 
-    def _collect(self, label: str, version: int, wanted: dict[str, Question]) -> dict[str, Trajectory]:
-        played: dict[str, Trajectory] = {}
-        missing = set(wanted)
+    # -- training goes on ----------------------------------------------------------------------------------------------
 
-        def size(group_id: str) -> int | None:
-            return 1 if group_id in missing else None
+    def begin(self, pending: PendingEvaluation) -> None:
+        """Feed an evaluation."""
+        self._beside[pending] = (self._book(pending), time.monotonic())
+        self._forget_strangers()
+        feed(self.store, self._beside[pending][0])
 
-        def feed() -> None:
-            for group_id in sorted(missing):
-                self.store.feed(make_group(self.config, group_id, wanted[group_id], version, evaluate=True))
+    def resume(self, pending: Iterable[PendingEvaluation]) -> None:
+        """Go on with those that an earlier process began: what its files lack, and Redis does not hold, is fed again."""
+        for each in pending:
+            self._beside[each] = (self._book(each), time.monotonic())
+            feed(self.store, self._beside[each][0])
 
-        self._forget_others(missing)
-        self.collector.take_dead(size)  # of a process before this one: they are asked again
-        feed()
-        with Progress(f"evaluating ({label})", len(wanted), "questions") as bar:
-            while missing:
-                groups, dead = self.collector.wait(size, 1, on_idle=feed)
-                for group in groups:
-                    trajectory = group.trajectories[0]
-                    self.store.release(group.group_id, [trajectory.id], group.entry_ids)
-                    if trajectory.lowest_version not in (version, -1):
-                        logger.info("%s was answered by version %d: asking again", group.group_id, trajectory.lowest_version)
-                        feed()
-                        continue
-                    played[group.group_id] = trajectory
-                    missing.discard(group.group_id)
-                    bar.advance()
-                for letter in dead:
-                    logger.warning("evaluation question %s was given up: %s", letter.group_id, letter.reason)
-                    missing.discard(letter.group_id)
-                    bar.advance()
-        return played
+    def gather(self) -> list[tuple[PendingEvaluation, Evaluation]]:
+        """Take what has come, without waiting; returns the evaluations that are complete now."""
+        done = []
+        for pending, (book, started) in list(self._beside.items()):
+            groups, dead = self.collector.ready(book.size)
+            for group in groups:
+                book.keep(group)
+                release(self.store, group)
+            book.give_up(dead, self.store.in_flight())
+            if not book.missing:
+                done.append((pending, _evaluation(pending, book, time.monotonic() - started)))
+                del self._beside[pending]
+        return done
 
-    def _forget_others(self, wanted: set[str]) -> None:
-        """Release the questions of an evaluation that a crash broke off and nobody will ask for again."""
-        for group_id in self.store.in_flight() - wanted:
-            if is_evaluation(group_id):
-                self.store.release(group_id, [f"{group_id}/0"], [])
-        self.collector.discard(lambda group_id: group_id in wanted or not is_evaluation(group_id))
+    def finish(self) -> list[tuple[PendingEvaluation, Evaluation]]:
+        """Wait for all that are under way."""
+        for pending, (book, _) in self._beside.items():
+            with Progress(f"evaluating ({pending.label})", len(book.groups), "questions") as bar:
+                bar.advance(len(book.answers))
+                gather(self.store, self.collector, book, bar)
+        return self.gather()
 
-    def _write_transcripts(self, label: str, step: int, wanted: dict[str, Question], played: dict[str, Trajectory]) -> None:
-        rows = [transcript_row(trajectory) for group_id in wanted if (trajectory := played.get(group_id))]
-        path = self.folder / f"{label}-step{step:06d}.jsonl"
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        self.patiently(lambda: write_durably(path, text))
+    def _book(self, e: PendingEvaluation) -> AnswerBook:
+        groups = {}
+        for place, question in enumerate(self.questions):
+            group_id = evaluation_group_id(e.label, e.version, place)
+            groups[group_id] = make_group(self.config, group_id, question, e.version, evaluate=True)
+        return AnswerBook(self.folder / f"{e.label}-step{e.step:06d}.jsonl", groups, patiently=self.patiently)
+
+    def _forget_strangers(self, *more: AnswerBook) -> None:
+        """Release groups of evaluations that nobody asks for any more: of a version or a step that a crash undid."""
+        books = [*more, *(book for book, _ in self._beside.values())]
+        wanted = set(chain.from_iterable(book.missing for book in books))
+        strangers = {group_id for group_id in self.store.in_flight() if is_evaluation(group_id)} - wanted
+        self.collector.discard(lambda group_id: group_id not in strangers)
+        for group_id in strangers:
+            ids = [f"{group_id}/{sample}" for sample in range(self.config.trainer.eval_samples)]
+            self.store.release(group_id, ids, [])
 
 
-def _score(
-    label: str, version: int, step: int, wanted: dict[str, Question], played: dict[str, Trajectory], seconds: float
-) -> Evaluation:
-    by_source: dict[str, list[dict[str, float]]] = defaultdict(list)
-    for group_id, question in wanted.items():
-        by_source[question.source].append(_figures(played.get(group_id)))
-    every = _means([row for rows in by_source.values() for row in rows])
+Ready = Callable[[list[PromptGroup]], list[PromptGroup]]
+"""What groups still need before they are fed, such as passages in their prompts."""
+
+
+def feed(store: GroupStore, book: AnswerBook, window: int | None = None, ready: Ready = list, again: bool = False) -> None:
+    """Feed what is missing, at most `window` groups at a time; those that are in flight stay as they are.
+
+    again: those too that were fed before and are nowhere, because Redis lost its last writes.
+    """
+    in_flight = store.in_flight()
+    waiting = sorted(book.missing - in_flight - (set() if again else book.fed))
+    room = len(waiting) if window is None else max(0, window - len(book.missing & in_flight))
+    for group in ready([book.groups[group_id] for group_id in waiting[:room]]):
+        store.feed(group)
+        book.fed.add(group.group_id)
+
+
+def gather(
+    store: GroupStore,
+    collector: Collector,
+    book: AnswerBook,
+    bar: Progress,
+    accept: Callable[[CompleteGroup], bool] = lambda group: True,
+    window: int | None = None,
+    ready: Ready = list,
+) -> None:
+    """Feed and collect until no answer is missing; a group that is not accepted is fed again. Raises CollectTimeout."""
+
+    while book.missing:
+        feed(store, book, window, ready)
+        groups, dead = collector.wait(book.size, 1, on_idle=lambda: feed(store, book, window, ready, again=True))
+        before = len(book.missing)
+        for group in groups:
+            if accept(group):
+                book.keep(group)
+            else:
+                book.fed.discard(group.group_id)
+            release(store, group)
+        book.give_up(dead, store.in_flight() if dead else set())
+        bar.advance(before - len(book.missing))
+
+
+def release(store: GroupStore, group: CompleteGroup) -> None:
+    store.release(group.group_id, [t.id for t in group.trajectories], group.entry_ids)
+
+
+def _is_of(group: CompleteGroup, version: int) -> bool:
+    """Whether only `version` wrote it."""
+    seen = {v for trajectory in group.trajectories for v in answer_of(trajectory).versions}
+    if seen <= {version}:
+        return True
+    logger.info("%s was answered by version %s: asking again", group.group_id, ", ".join(map(str, sorted(seen))))
+    return False
+
+
+def _evaluation(e: PendingEvaluation, book: AnswerBook, seconds: float) -> Evaluation:
+    rows = book.figures()
+    whole, kinds = score([figures for _, figures in rows]), by_source(rows)
+    versions = [v for answers in book.answers.values() for answer in answers for v in answer.versions]
     return Evaluation(
-        label=label,
-        version=version,
-        step=step,
-        questions=len(wanted),
-        exact_match=every["exact_match"],
-        format=every["format"],
-        searches=every["searches"],
-        answered=every["answered"],
-        by_source={source: _means(rows) | {"questions": len(rows)} for source, rows in sorted(by_source.items())},
+        label=e.label,
+        version=e.version,
+        step=e.step,
+        questions=len(rows),
+        **{name: whole.figures[name] for name in ("exact_match", "format", "searches", "answered", "f1", "sub_match")},
+        by_source={source: kind_row(scores) for source, scores in kinds.items()},
         seconds=round(seconds, 1),
-        f1=every["f1"],
-        sub_match=every["sub_match"],
+        samples=next((group.samples for group in book.groups.values()), 1),
+        intervals=whole.intervals,
+        pass_at={name: value for name, value in whole.figures.items() if name.startswith("pass@")},
+        lowest_version=min(versions, default=-1),
+        highest_version=max(versions, default=-1),
+        lost=len(book.lost),
     )
-
-
-def _figures(trajectory: Trajectory | None) -> dict[str, float]:
-    if trajectory is None:
-        return dict.fromkeys(FIGURES, 0.0)
-    return {name: trajectory.reward_parts.get(name, 0.0) for name in FROM_PARTS} | {
-        "searches": float(trajectory.searches),
-        "answered": float(trajectory.answer is not None and trajectory.searches > 0),
-    }
-
-
-def _means(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {name: round(fmean(row[name] for row in rows), 4) for name in FIGURES}

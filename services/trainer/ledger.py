@@ -11,29 +11,19 @@ from typing import Literal
 
 import msgspec
 
+from services.contract.scores import Evaluation
+
 Stage = Literal["evaluate_start", "warm_start", "evaluate_warm", "grpo", "evaluate_final", "done"]
 STAGES: tuple[Stage, ...] = ("evaluate_start", "warm_start", "evaluate_warm", "grpo", "evaluate_final", "done")
 
 
-class Evaluation(msgspec.Struct, frozen=True):
-    """Scores of one policy on the held-out questions; shares between 0 and 1."""
+class PendingEvaluation(msgspec.Struct, frozen=True):
+    """An evaluation that was fed while training goes on. Its answers so far are in its file."""
 
     label: str
     version: int
+    """That it was fed for."""
     step: int
-    questions: int
-    exact_match: float
-    format: float
-    searches: float
-    """Per question."""
-    answered: float
-    """Share that ends in an answer after at least one search."""
-    by_source: dict[str, dict[str, float]]
-    """The same figures for every kind of question."""
-    seconds: float
-    f1: float | None = None
-    sub_match: float | None = None
-    """None in the ledger of a run that was begun before these figures were taken."""
 
 
 class Ledger(msgspec.Struct):
@@ -56,6 +46,7 @@ class Ledger(msgspec.Struct):
     lineage: list[list[int]] = []
     """The last policies, newest first: every version number that each was published under. A restart publishes the weights
     it goes on from under a number above all others, and what came after them is no policy of this run any more."""
+    pending_evaluations: list[PendingEvaluation] = []
     order: str = ""
     """`TrainingOrder.fingerprint` that the indices above count in; empty in a ledger that was begun before it was kept."""
     samples: int = 0
@@ -66,6 +57,10 @@ class Ledger(msgspec.Struct):
     def __post_init__(self) -> None:
         if not self.lineage:
             self.lineage = [[self.version]]
+
+    def knows_evaluation(self, label: str) -> bool:
+        """Whether it was made, or is under way."""
+        return label in {e.label for e in (*self.evaluations, *self.pending_evaluations)}
 
     @property
     def has_learned(self) -> bool:

@@ -2,7 +2,7 @@
 
 | stage           | what is done                                         | on a restart in the middle                        |
 |-----------------|------------------------------------------------------|---------------------------------------------------|
-| evaluate_start  | score the starting policy                            | asked again; answers that had come are kept       |
+| evaluate_start  | score the starting policy                            | goes on; answers that had come are kept           |
 | warm_start      | supervised steps on demonstrations, publish          | goes on from the last checkpoint, same order      |
 | evaluate_warm   | score it                                             | as above                                          |
 | grpo            | steps of GRPO, each publishing a policy version      | goes on from the last checkpoint                  |
@@ -26,9 +26,9 @@ from services.trainer.demonstrations import batches, demonstration_row, read_dem
 from services.trainer.learning_rate import rates, warmed_up
 from services.trainer.ledger import STAGES, Stage
 from services.trainer.megatron.loss import SupervisedLoss
-from services.trainer.metrics import rollout_metrics, step_line
+from services.trainer.metrics import Figures, learner_metrics, rollout_metrics, step_line, warm_start_metrics
 from services.trainer.run import Run
-from services.trainer.staleness import staleness_figures
+from services.trainer.staleness import staleness_metrics
 from services.trainer.update import update
 
 logger = logging.getLogger("trainer")
@@ -62,7 +62,7 @@ def warm_start(run: Run) -> None:
         run.ledger.warm_step, run.ledger.unpublished = step, True
         stats["seconds"] = time.monotonic() - started
         left = format_seconds((len(todo) - step) * stats["seconds"])
-        run.record("warm_start", step, stats)
+        run.record("warm_start", step, warm_start_metrics(stats))
         run.say(f"warm start {step}/{len(todo)}  loss {stats['loss']:.3f}  grad {stats['grad_norm']:.2f}  ETA {left}")
         if step % run.config.trainer.checkpoint_every == 0 and step < len(todo):
             run.checkpoint()
@@ -86,13 +86,13 @@ def grpo(run: Run) -> None:
         begun = time.monotonic()
         groups = run.next_batch()
         collected = time.monotonic()
-        row = rollout_metrics(groups) | staleness_figures(groups, run.ledger, settings.max_staleness)
+        row = rollout_metrics(groups) | staleness_metrics(groups, run.ledger, settings.max_staleness)
         row |= learn(run, groups)
         learned = time.monotonic()
         run.publish()
         published = time.monotonic()
-        row |= {"rollout_s": collected - begun, "train_s": learned - collected, "publish_s": published - learned}
-        row |= {"seconds": published - begun, "tokens_per_s": row["model_tokens_total"] / (published - begun)}
+        row |= {"time/rollout_s": collected - begun, "time/train_s": learned - collected, "time/publish_s": published - learned}
+        row |= {"time/step_s": published - begun, "time/tokens_per_s": row["search/model_tokens_total"] / (published - begun)}
         record_step(run, groups, row)
 
 
@@ -102,32 +102,35 @@ def finish_step(run: Run) -> None:
     if run.refresh_reference():
         run.checkpoint()
     label = f"step{step}"
-    if step and every and step % every == 0 and label not in {evaluation.label for evaluation in run.ledger.evaluations}:
-        run.evaluate(label)
+    if step and every and step % every == 0 and not run.ledger.knows_evaluation(label):
+        evaluate = run.evaluate if run.config.trainer.evaluation_waits else run.evaluate_beside
+        evaluate(label)
+    run.gather_evaluations()
 
 
-def learn(run: Run, groups: list[CompleteGroup]) -> dict[str, float]:
+def learn(run: Run, groups: list[CompleteGroup]) -> Figures:
     """The optimizer steps on a batch of groups; returns the learner's figures."""
     settings, step = run.config.trainer, run.ledger.step + 1
     at = rates(step, settings)
     stats = update(run.learner, groups, settings.objective, at, f"{run.config.run.seed}/{step}", run.critic)
     run.consume(groups, step)
-    return stats | at.figures
+    return learner_metrics(stats | at.figures)
 
 
-def record_step(run: Run, groups: list[CompleteGroup], row: dict[str, float]) -> None:
+def record_step(run: Run, groups: list[CompleteGroup], row: Figures) -> None:
     """Tell about the step, and make it durable when a checkpoint is due or the reference changes with it."""
     step, settings = run.ledger.step, run.config.trainer
-    row |= {"version": run.ledger.version, **run.flow_figures()}
-    run.record("grpo", step, row)
-    run.keep_transcripts(step, groups)
+    row |= run.flow_figures()
     run.say(step_line(step, settings.steps, row))
+    run.record_step(step, row)
+    run.keep_transcripts(step, groups)
     if run.refresh_reference() or step % settings.checkpoint_every == 0 or step == settings.steps:
         run.checkpoint()
     run.check_stop()
 
 
 def evaluate_final(run: Run) -> None:
+    run.gather_evaluations(wait=True)
     if run.config.trainer.steps:
         run.evaluate("grpo")
     run.write_final_model()

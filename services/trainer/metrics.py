@@ -1,133 +1,128 @@
-"""What a step leaves behind: a readable line, a JSONL row, TensorBoard scalars. A resumed run drops what its checkpoint lacks."""
+"""The figures of a step, each under the name of its group: `reward/mean`, `mismatch/k3`. docs/metrics.md explains every one.
+
+| group      | is about                                                              | comes from                        |
+|------------|-----------------------------------------------------------------------|-----------------------------------|
+| reward     | what the batch earned                                                 | `rollout_metrics`                 |
+| search     | how the episodes went: searches, lengths, thoughts                    | `rollout_metrics`                 |
+| staleness  | how old the batch was, which groups went astray                       | staleness.py, `flow_metrics`      |
+| objective  | loss, gradient, KL, clipping                                          | the learner, `learner_metrics`    |
+| mismatch   | trainer against engine on the same tokens                             | the learner, `learner_metrics`    |
+| time       | where the seconds went                                                | `main.grpo`, the learner          |
+| warnings   | early signs of collapse                                               | collapse.py                       |
+| eval       | held-out questions                                                    | `evaluation_metrics`              |
+| warm_start | the supervised steps                                                  | `warm_start_metrics`              |
+"""
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-from pathlib import Path
+import re
 from statistics import fmean
 from typing import Any
 
 from services.contract.messages import Trajectory
-from services.contract.weights import sync_file
+from services.contract.scores import Evaluation
 from services.trainer.collect import CompleteGroup
 from services.trainer.objective.advantages import zero_variance
-from services.trainer.room import full_disk_told
 
-logger = logging.getLogger("trainer")
+Figures = dict[str, Any]
+"""Numbers, but for `staleness/histogram`, a list of counts."""
+
+PARTS = ("exact_match", "sub_match", "f1", "format", "retrieval")
+EVALUATED = ("exact_match", "sub_match", "f1", "format", "searches", "answered")
+MISMATCH = re.compile(r"mismatch_(\w+)|(importance_\w+|rejected_fraction)")
+_ACTION_BLOCK = re.compile(r"<(search|answer)>.*?</\1>", re.DOTALL)
+_THINK_TAG = re.compile(r"</?think>")
 
 
-def rollout_metrics(groups: list[CompleteGroup]) -> dict[str, float]:
-    """Figures of the trajectories of one batch, before training; means over trajectories unless the name says otherwise."""
+def rollout_metrics(groups: list[CompleteGroup]) -> Figures:
+    """Of the trajectories of one batch, before training; means over trajectories unless the name says otherwise."""
     trajectories = [t for group in groups for t in group.trajectories]
-    model_tokens = [sum(t.loss_mask) for t in trajectories]
+    return _rewards(groups, trajectories) | _searching(trajectories)
+
+
+def _rewards(groups: list[CompleteGroup], trajectories: list[Trajectory]) -> Figures:
     return {
-        "reward": fmean(t.reward or 0.0 for t in trajectories),
-        **{name: _part(trajectories, name) for name in ("exact_match", "sub_match", "f1", "format", "retrieval")},
-        "searches": fmean(t.searches for t in trajectories),
-        "response_tokens": fmean(len(t.response_ids) for t in trajectories),
-        "model_tokens": fmean(model_tokens),
-        "model_tokens_total": float(sum(model_tokens)),
-        "truncated": fmean(t.status == "truncated" for t in trajectories),
-        "zero_variance_groups": fmean(zero_variance(group.rewards) for group in groups),
+        "reward/mean": fmean(t.reward or 0.0 for t in trajectories),
+        **{f"reward/{name}": fmean(t.reward_parts.get(name, 0.0) for t in trajectories) for name in PARTS},
+        "reward/zero_variance": fmean(zero_variance(group.rewards) for group in groups),
+        "reward/groups": float(len(groups)),
     }
 
 
-def _part(trajectories: list[Trajectory], name: str) -> float:
-    return fmean(t.reward_parts.get(name, 0.0) for t in trajectories)
+def _searching(trajectories: list[Trajectory]) -> Figures:
+    own = [sum(t.loss_mask) for t in trajectories]
+    return {
+        "search/per_episode": fmean(t.searches for t in trajectories),
+        "search/none": fmean(t.searches == 0 for t in trajectories),
+        "search/answered": fmean(t.answer is not None for t in trajectories),
+        "search/truncated": fmean(t.status == "truncated" for t in trajectories),
+        "search/response_tokens": fmean(len(t.response_ids) for t in trajectories),
+        "search/model_tokens": fmean(own),
+        "search/model_tokens_total": float(sum(own)),
+        "search/thought_tokens": fmean(n * thought_share(t) for n, t in zip(own, trajectories, strict=True)),
+        "time/episode_generate_s": fmean(t.timings.get("generate_s", 0.0) for t in trajectories),
+        "time/episode_retrieve_s": fmean(t.timings.get("retrieve_s", 0.0) for t in trajectories),
+    }
 
 
-class Journal:
-    """`metrics.jsonl`, TensorBoard and the log, for one run.
-
-    A resumed run cuts the file to the length that its checkpoint knows: what lies after belongs to steps that it makes again.
-    """
-
-    def __init__(self, folder: Path, length: int | None, steps: dict[str, int]) -> None:
-        """length: of metrics.jsonl in bytes; None keeps all whole rows. steps: kind of row -> its last step, for the curves."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
-        self._cut(length)
-        self._curves = Curves(folder / "tensorboard", steps)
-
-    def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One row: `kind` is warm_start, grpo or evaluation. Raises NoSpace and leaves no half row."""
-        row = {"kind": kind, "step": step, **{name: _rounded(value) for name, value in values.items()}}
-        before = self.path.stat().st_size
-        with full_disk_told(self.path, take_back=lambda: os.truncate(self.path, before)), self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        self._curves.add(kind, step, values)
-
-    def length(self) -> int:
-        """In bytes; so much is on disk."""
-        sync_file(self.path)
-        return self.path.stat().st_size
-
-    def rows(self, kind: str) -> list[dict[str, Any]]:
-        rows = [json.loads(line) for line in self.path.read_text().splitlines()]
-        return [row for row in rows if row["kind"] == kind]
-
-    def _cut(self, length: int | None) -> None:
-        written = self.path.read_bytes() if self.path.exists() else b""
-        kept = written[:length]
-        if length and len(written) < length:
-            logger.warning("%s is shorter than when the checkpoint was made: rows are missing", self.path)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_bytes(kept[: kept.rfind(b"\n") + 1])  # the last row may be torn
-        sync_file(temporary)
-        temporary.replace(self.path)
+def thought_share(trajectory: Trajectory) -> float:
+    """Share of what the model wrote, by characters, that is neither a search nor an answer block nor a think tag: its thoughts,
+    inside <think> or not. 0 if it wrote nothing."""
+    written = [span.text for span in trajectory.spans if span.kind == "model"]
+    thoughts = (_THINK_TAG.sub("", _ACTION_BLOCK.sub("", text)).strip() for text in written)
+    whole = sum(map(len, written))
+    return sum(map(len, thoughts)) / whole if whole else 0.0
 
 
-class Curves:
-    """TensorBoard's events, a folder a kind of row: each kind counts its own steps, and a restart hides what comes after its
-    last. A disk that fills up ends them, once told about; the journal has the same figures."""
-
-    def __init__(self, folder: Path, steps: dict[str, int]) -> None:
-        self.folder, self.steps = folder, steps
-        self._boards: dict[str, Any] = {}
-        self._ended = False
-
-    def add(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        if self._ended:
-            return
-        try:
-            board = self._board(kind)
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    board.add_scalar(f"{kind}/{name}", value, step)
-            board.flush()
-        except OSError as error:
-            self._ended = True
-            logger.warning("%s: %s; TensorBoard's curves end here, metrics.jsonl goes on", self.folder, error)
-
-    def _board(self, kind: str) -> Any:
-        from torch.utils.tensorboard import SummaryWriter
-
-        if kind not in self._boards:
-            folder = self.folder / kind
-            self._boards[kind] = SummaryWriter(str(folder), purge_step=self.steps.get(kind, 0) + 1 if folder.exists() else None)
-        return self._boards[kind]
+def learner_metrics(figures: dict[str, float]) -> Figures:
+    """The learner's figures by group; one that is not about the engine or the clock belongs to the objective."""
+    return {_learner_name(name): value for name, value in figures.items()}
 
 
-def _critic(row: dict[str, float]) -> str:
-    if "value_loss" not in row:
-        return ""
-    explained = f" explains {row['explained_variance']:.0%}" if "explained_variance" in row else ""
-    return f"critic {row['value_loss']:.4f}{explained}  "
+def _learner_name(name: str) -> str:
+    if name in ("seconds", "critic_s"):
+        return {"seconds": "time/optimizer_s", "critic_s": "time/critic_s"}[name]
+    if match := MISMATCH.fullmatch(name):
+        return f"mismatch/{match[1] or match[2]}"
+    return f"objective/{name}"
 
 
-def _rounded(value: Any) -> Any:
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+def flow_metrics(figures: dict[str, float], version: int) -> Figures:
+    """Of `Batches.figures`: groups that went astray, and of the version just published."""
+    return {f"staleness/{name}": float(value) for name, value in figures.items()} | {"staleness/version": float(version)}
 
 
-def step_line(step: int, steps: int, row: dict[str, float]) -> str:
+def warm_start_metrics(figures: dict[str, float]) -> Figures:
+    return {f"warm_start/{name}": value for name, value in figures.items()}
+
+
+def evaluation_metrics(evaluation: Evaluation) -> Figures:
+    """`eval/exact_match` of the whole, with its interval, and `eval/<source>/exact_match` of every kind of question."""
+    whole = {name: getattr(evaluation, name) for name in EVALUATED} | evaluation.pass_at
+    bounds = {
+        name: evaluation.intervals[name] for name in ("exact_match", "f1", *evaluation.pass_at) if name in evaluation.intervals
+    }
+    whole |= {f"{name}_{end}": value for name, pair in bounds.items() for end, value in zip(("low", "high"), pair, strict=True)}
+    facts = ("questions", "samples", "lost", "seconds", "version", "lowest_version", "highest_version")
+    whole |= {name: getattr(evaluation, name) for name in facts}
+    kinds = {f"{source}/{name}": value for source, row in evaluation.by_source.items() for name, value in row.items()}
+    return {f"eval/{name}": value for name, value in (whole | kinds).items()}
+
+
+def step_line(step: int, steps: int, row: Figures) -> str:
     """One GRPO step for a person: what came in, what was learned, where the seconds went."""
     return (
-        f"step {step}/{steps}  reward {row['reward']:.3f}  EM {row['exact_match']:.3f}  format {row['format']:.2f}  "
-        f"searches {row['searches']:.2f}  tokens {row['response_tokens']:.0f}  "
-        f"engine KL {row['mismatch_k3']:.1e} (|Δ| {row['mismatch_abs']:.1e})  stale {row['staleness']:.1f}  "
-        f"no-variance {row['zero_variance_groups']:.0%}  grad {row['grad_norm']:.2f}  {_critic(row)}| "
-        f"rollout {row['rollout_s']:.0f} s, train {row['train_s']:.0f} s, publish {row['publish_s']:.1f} s  "
-        f"{row['tokens_per_s']:.0f} tok/s"
+        f"step {step}/{steps}  reward {row['reward/mean']:.3f}  EM {row['reward/exact_match']:.3f}  "
+        f"format {row['reward/format']:.2f}  searches {row['search/per_episode']:.2f}  tokens {row['search/response_tokens']:.0f}  "
+        f"engine KL {row['mismatch/k3']:.1e} (|Δ| {row['mismatch/abs']:.1e})  stale {row['staleness/mean']:.1f}  "
+        f"no-variance {row['reward/zero_variance']:.0%}  grad {row['objective/grad_norm']:.2f}  {_critic(row)}| "
+        f"rollout {row['time/rollout_s']:.0f} s, train {row['time/train_s']:.0f} s, publish {row['time/publish_s']:.1f} s  "
+        f"{row['time/tokens_per_s']:.0f} tok/s"
     )
+
+
+def _critic(row: Figures) -> str:
+    if "objective/value_loss" not in row:
+        return ""
+    explained = f" explains {row['objective/explained_variance']:.0%}" if "objective/explained_variance" in row else ""
+    return f"critic {row['objective/value_loss']:.4f}{explained}  "

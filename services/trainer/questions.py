@@ -151,8 +151,8 @@ def training_index(group_id: str) -> int | None:
 
 
 def make_group(config: Config, group_id: str, question: Question, version: int, *, evaluate: bool) -> PromptGroup:
-    """A training group is sampled `samples_per_prompt` times; an evaluation is played once, greedily."""
-    data, rollout = config.data, config.rollout
+    """A training group is sampled `samples_per_prompt` times; an evaluation `eval_samples` times, greedily at temperature 0."""
+    data, rollout, trainer = config.data, config.rollout, config.trainer
     return PromptGroup(
         group_id=group_id,
         purpose="eval" if evaluate else "train",
@@ -161,9 +161,9 @@ def make_group(config: Config, group_id: str, question: Question, version: int, 
         question=question.question,
         golden_answers=question.golden_answers,
         prompt=build_prompt(question.question, data.instruction, data.system, data.chat_template, question.prompt),
-        samples=1 if evaluate else config.trainer.samples_per_prompt,
+        samples=trainer.eval_samples if evaluate else trainer.samples_per_prompt,
         sampling=Sampling(
-            temperature=0.0 if evaluate else rollout.temperature,
+            temperature=trainer.eval_temperature if evaluate else rollout.temperature,
             top_p=1.0 if evaluate else rollout.top_p,
             max_turn_tokens=rollout.max_turn_tokens,
             max_response_tokens=rollout.max_response_tokens,

@@ -6,6 +6,8 @@ The others wait for the lead as long as it takes: an hour of rollout is no fault
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import lru_cache
@@ -19,6 +21,21 @@ NO_TIMEOUT = timedelta(days=365)
 
 class StopRequested(Exception):
     """SIGTERM or Ctrl-C arrived: save what was learned and leave."""
+
+
+class StopFlag:
+    """Set by SIGTERM or Ctrl-C; looked at wherever the lead waits and between steps."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def install(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._event.set())
+
+    def check(self) -> None:
+        if self._event.is_set():
+            raise StopRequested
 
 
 def is_lead() -> bool:

@@ -4,8 +4,9 @@
 |----------------------------------------|------------------------------------------------------------------------------------|
 | a policy version (`publish.py`)        | waited for; older versions that no engine reads are deleted first                  |
 | a checkpoint                           | waited for; older ones are deleted first, if the newest is whole                   |
-| the journal, transcripts, a reference  | waited for; half a row or half a folder is taken back first                        |
-| TensorBoard's curves                   | told about once; they end there, the journal has the figures                       |
+| the journal, transcripts, a reference, | waited for; half a row or half a folder is taken back first                        |
+| the answers of an evaluation           |                                                                                    |
+| TensorBoard and other listeners        | told about; the journal has the figures                                            |
 
 Who waits too long ends with one clear error; the next start goes on from the last checkpoint.
 """
@@ -24,6 +25,8 @@ from services.contract.config import ConfigError
 from services.contract.weights import NoSpace, sync_file, sync_folder
 
 T = TypeVar("T")
+Patiently = Callable[[Callable[[], object]], object]
+"""Runs what it is given until the disk has room for it."""
 TRIES, WAIT_S = 10, 30.0
 
 

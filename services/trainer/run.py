@@ -7,52 +7,38 @@ from __future__ import annotations
 
 import logging
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from services.contract.codec import Codec
-from services.contract.config import Config
+from services.contract.config import Config, save_config
 from services.contract.groups import GroupStore
 from services.contract.policy import PolicyBoard
+from services.contract.scores import Evaluation
 from services.contract.store import connect
 from services.contract.telemetry import Heartbeat
 from services.contract.weights import version_folder
 from services.trainer.batch import Batches
 from services.trainer.checkpoints import Checkpoints
 from services.trainer.collect import Collector, CompleteGroup
-from services.trainer.evaluate import FIGURES, Evaluator, Patiently
-from services.trainer.ledger import Ledger
+from services.trainer.evaluate import Evaluator
+from services.trainer.journal import Journal, Kind
+from services.trainer.ledger import Ledger, PendingEvaluation
+from services.trainer.loggers import open_listeners
 from services.trainer.megatron.critic import Critic
 from services.trainer.megatron.learner import Learner
-from services.trainer.metrics import Journal
+from services.trainer.metrics import evaluation_metrics, flow_metrics
 from services.trainer.objective.functions import check_functions
 from services.trainer.publish import Publisher, write_hf_folder
 from services.trainer.questions import TrainingOrder, read_questions, stratified
-from services.trainer.ranks import StopRequested, is_lead, on_lead, on_lead_with_export
+from services.trainer.ranks import StopFlag, is_lead, on_lead, on_lead_with_export
 from services.trainer.reference import forget_references, kept_reference, reference_folder, refresh_is_due
-from services.trainer.report import results_table
-from services.trainer.room import copy_durably, pause, when_there_is_room
+from services.trainer.report import evaluation_line, results_table
+from services.trainer.room import Patiently, copy_durably, pause, when_there_is_room
 from services.trainer.transcripts import write_transcripts
 
 logger = logging.getLogger("trainer")
-
-
-class StopFlag:
-    """Set by SIGTERM or Ctrl-C; looked at wherever the lead waits and between steps."""
-
-    def __init__(self) -> None:
-        self._event = threading.Event()
-
-    def install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._event.set())
-
-    def check(self) -> None:
-        if self._event.is_set():
-            raise StopRequested
 
 
 class Lead:
@@ -61,8 +47,9 @@ class Lead:
     def __init__(self, config: Config, ledger: Ledger, check_stop: Callable[[], None], patiently: Patiently) -> None:
         client = connect(config.redis)
         self.store = GroupStore(client, config.run.name)
-        steps = {"warm_start": ledger.warm_step, "grpo": ledger.step, "evaluation": ledger.step}
-        self.journal = Journal(config.run.folder, ledger.journal_bytes, steps)
+        self.journal = Journal(config.run.folder, ledger.journal_bytes, patiently)
+        save_config(config, config.run.folder / "config.toml")  # for commands that look at the run later
+        open_listeners(config, self.journal)
         self.publisher = Publisher(config, PolicyBoard(client, config.run.name), check_stop)
         collector = Collector(self.store, config.trainer.collect_timeout_s, check_stop)
         order = TrainingOrder(read_questions(config.data.train_path), config.run.seed, config.data.mix)
@@ -70,6 +57,7 @@ class Lead:
         self.batches.take_over()
         held_out = stratified(read_questions(config.data.eval_path), config.trainer.eval_questions, config.run.seed)
         self.evaluator = Evaluator(config, self.store, collector, held_out, config.run.folder / "evaluations", patiently)
+        self.evaluator.resume(ledger.pending_evaluations)
 
 
 class Run:
@@ -221,19 +209,31 @@ class Run:
         return on_lead(lambda: self._lead.batches.next_batch())
 
     def evaluate(self, label: str) -> None:
-        """Score the present policy and keep the scores in the ledger."""
-        evaluation = on_lead(lambda: self._lead.evaluator.evaluate(label, self.ledger.version, self.ledger.step))
-        self.ledger.evaluations = [e for e in self.ledger.evaluations if e.label != label] + [evaluation]
-        self.say(
-            f"evaluation ({label}): EM {evaluation.exact_match:.1%}  format {evaluation.format:.1%}  "
-            f"searches {evaluation.searches:.2f}  searched and answered {evaluation.answered:.1%}  "
-            f"of {evaluation.questions} held-out questions in {evaluation.seconds:.0f} s"
-        )
-        figures = {name: getattr(evaluation, name) for name in (*FIGURES, "seconds")}
-        self.record("evaluation", self.ledger.step, {"label": label, **figures})
+        """Score the present policy, training waiting for it, and keep the scores in the ledger."""
+        self._keep(on_lead(lambda: self._lead.evaluator.evaluate(label, self.ledger.version, self.ledger.step)))
 
-    def flow_figures(self) -> dict[str, float]:
-        return on_lead(lambda: self._lead.batches.figures())
+    def evaluate_beside(self, label: str) -> None:
+        """Begin to score the present policy and go on training; `gather_evaluations` brings the scores."""
+        pending = PendingEvaluation(label, self.ledger.version, self.ledger.step)
+        on_lead(lambda: self._lead.evaluator.begin(pending))
+        self.ledger.pending_evaluations.append(pending)
+
+    def gather_evaluations(self, wait: bool = False) -> None:
+        """Keep the scores of evaluations that have become complete, or of all after waiting for them."""
+        if not self.ledger.pending_evaluations:
+            return
+        for pending, evaluation in on_lead(lambda: self._lead.evaluator.finish() if wait else self._lead.evaluator.gather()):
+            self.ledger.pending_evaluations.remove(pending)
+            self._keep(evaluation)
+
+    def _keep(self, evaluation: Evaluation) -> None:
+        label = evaluation.label
+        self.ledger.evaluations = [e for e in self.ledger.evaluations if e.label != label] + [evaluation]
+        self.say(evaluation_line(evaluation))
+        self.record("evaluation", evaluation.step, {"label": label, **evaluation_metrics(evaluation)})
+
+    def flow_figures(self) -> dict[str, Any]:
+        return on_lead(lambda: flow_metrics(self._lead.batches.figures(), self.ledger.version))
 
     # -- telling -------------------------------------------------------------------------------------------------------
 
@@ -241,8 +241,11 @@ class Run:
         if is_lead():
             logger.info(line)
 
-    def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        on_lead(lambda: self._patiently(lambda: self._lead.journal.record(kind, step, values)))
+    def record(self, kind: Kind, step: int, values: dict[str, Any]) -> None:
+        on_lead(lambda: self._lead.journal.record(kind, step, values))
+
+    def record_step(self, step: int, row: dict[str, Any]) -> None:
+        on_lead(lambda: self._lead.journal.record_step(step, row))
 
     def keep_transcripts(self, step: int, groups: list[CompleteGroup]) -> None:
         path = self.folder / "transcripts" / f"step{step:06d}.jsonl"
@@ -254,6 +257,7 @@ class Run:
         table = results_table(self.ledger.evaluations)
         (self.folder / "results.md").write_text(table + "\n")
         print(f"\n{table}\n\nfinal model: {self.folder / 'final'}", flush=True)
+        self._lead.journal.end()
 
     def beat(self, state: str | None = None) -> None:
         """Sign of life for the health check."""

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from statistics import fmean
+from typing import Any
 
 from services.trainer.collect import CompleteGroup, versions_of
 from services.trainer.ledger import Ledger
 
 
-def staleness_figures(groups: list[CompleteGroup], ledger: Ledger, bound: int) -> dict[str, float]:
+def staleness_metrics(groups: list[CompleteGroup], ledger: Ledger, bound: int) -> dict[str, Any]:
     """Of the trajectories in which the model wrote something: mean, greatest, and how many there were of each staleness.
 
-    `staleness_0` … `staleness_<bound>` are counts; so is `staleness_over`, which counts those above the bound and those of
-    policies that the ledger does not know any more. `Batches` lets no such group through, so it is 0 or there is a fault.
+    `staleness/histogram` has a count for each staleness from 0 to `bound`. `staleness/over` counts those above the bound and those
+    of policies that the ledger does not know any more; `Batches` lets no such group through, so it is 0 or there is a fault.
     """
     written = [versions for group in groups for t in group.trajectories if (versions := versions_of(t))]
     found = [ledger.staleness(versions) for versions in written]
     known = [staleness for staleness in found if staleness is not None]
-    counts = {f"staleness_{n}": float(known.count(n)) for n in range(bound + 1)}
-    over = sum(staleness is None or staleness > bound for staleness in found)
-    return {"staleness": fmean(known or [0]), "staleness_max": float(max(known, default=0)), "staleness_over": float(over)} | counts
+    return {
+        "staleness/mean": fmean(known or [0]),
+        "staleness/max": float(max(known, default=0)),
+        "staleness/over": float(sum(staleness is None or staleness > bound for staleness in found)),
+        "staleness/histogram": [known.count(n) for n in range(bound + 1)],
+    }

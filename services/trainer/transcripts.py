@@ -21,6 +21,7 @@ def transcript_row(trajectory: Trajectory) -> dict[str, Any]:
         "answer": trajectory.answer,
         "reward": trajectory.reward,
         "parts": trajectory.reward_parts,
+        "searches": trajectory.searches,
         "stop_reason": trajectory.stop_reason,
         "worker": trajectory.worker,
         "versions": sorted(versions_of(trajectory)),

@@ -56,6 +56,7 @@ def test_an_unknown_key_is_named(tmp_path: Path, text: str, key: str) -> None:
     [
         ('[trainer]\nsteps = "many"', "trainer.steps"),
         ("[trainer]\nsteps = 1.5", "trainer.steps"),
+        ("[trainer]\neval_temperature = -1", "trainer.eval_temperature"),
         ("[trainer]\nsamples_per_prompt = 0", "trainer.samples_per_prompt"),
         ("[trainer]\nlearning_rate = 0", "trainer.learning_rate"),
         ("[retriever]\nport = 70000", "retriever.port"),
@@ -95,6 +96,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         ("[rollout]\nmax_response_tokens = 2048", ["rollout.max_response_tokens", "model.max_context", "lower it"]),
         ("[rollout.engine]\nmax_total_tokens = 100", ["rollout.engine.max_total_tokens", "model.max_context", "would not fit"]),
         ("[trainer]\nprocesses = 3\ntensor_parallel = 2", ["trainer.processes", "multiple"]),
+        ("[trainer]\neval_samples = 4", ["eval_samples", "eval_temperature", "set eval_temperature above 0"]),
         ('[data]\ninstruction = "Answer."', ["data.instruction", "{question}", "add it"]),
         ("[reward]\nsoft_time_limit_s = 30", ["reward.soft_time_limit_s", "below reward.time_limit_s"]),
         ("[reward]\nstructure_format_score = 0.5", ["reward.structure_format_score + reward.retrieval_score", "must be below"]),
@@ -189,3 +191,13 @@ def test_every_variable_of_the_launchers_may_be_set_beside_the_settings() -> Non
     named = {name for file in files for name in re.findall(r"FORAGE_[A-Z_]+", Path(file).read_text()) if "__" not in name}
     assert {"FORAGE_WHEELS", "FORAGE_REDIS_PASSWORD", "FORAGE_CONFIG"} <= named
     load_config(None, environment=dict.fromkeys(named, "7"))
+
+
+@pytest.mark.parametrize(
+    ("text", "waits"),
+    [("", True), ("max_staleness = 1", False), ("max_staleness = 1\neval_waits = true", True), ("eval_waits = false", False)],
+)
+def test_training_waits_for_evaluations_where_it_is_synchronous_unless_told_otherwise(
+    tmp_path: Path, text: str, waits: bool
+) -> None:
+    assert load_config(written(tmp_path, f"[trainer]\n{text}"), {}).trainer.evaluation_waits is waits

@@ -41,9 +41,9 @@ PROGRESS = Progress(
     stage="grpo",
     stage_from="its heartbeat",
     steps=14,
-    step={"step": 5, "reward": 0.203, "exact_match": 0.2, "tokens_per_s": 17.0},
+    step={"step": 5, "reward/mean": 0.203, "reward/exact_match": 0.2, "time/tokens_per_s": 17.0},
     warm_start=None,
-    evaluations=[{"label": "start", "exact_match": 0.4}, {"label": "warm", "exact_match": 0.5}],
+    evaluations=[{"label": "start", "eval/exact_match": 0.4}, {"label": "warm", "eval/exact_match": 0.5}],
     rewards=[0.1, 0.2, 0.203],
     written_s=31.0,
     problem=None,
@@ -105,7 +105,7 @@ def test_a_run_that_has_nothing_yet_says_so() -> None:
 
 
 def test_figures_of_another_kind_do_not_break_the_table() -> None:
-    odd = msgspec.structs.replace(PROGRESS, step={"step": None, "reward": "NaN", "exact_match": [1]}, evaluations=[{}])
+    odd = msgspec.structs.replace(PROGRESS, step={"step": None, "reward/mean": "NaN", "reward/exact_match": [1]}, evaluations=[{}])
     assert "reward NaN" in shown(make_status(trainer=odd))
 
 

@@ -113,18 +113,19 @@ def test_the_run_ends_with_a_table_of_three_evaluations(finished: Suite) -> None
 def test_every_step_left_a_row_with_the_figures_that_are_promised(finished: Suite) -> None:
     steps = finished.rows("grpo")
     assert [row["step"] for row in steps] == [1, 2]
-    wanted = {"reward", "exact_match", "searches", "response_tokens", "mismatch_abs", "mismatch_k3", "staleness"}
-    assert wanted | {"rollout_s", "train_s", "publish_s", "tokens_per_s", "grad_norm", "version"} <= set(steps[0])
-    assert list((finished.run / "tensorboard" / "grpo").glob("events.*"))
+    wanted = {"reward/mean", "reward/exact_match", "search/per_episode", "search/response_tokens", "mismatch/abs", "mismatch/k3"}
+    wanted |= {"staleness/mean", "staleness/version", "objective/grad_norm", "warnings/showing"}
+    assert wanted | {f"time/{name}" for name in ("rollout_s", "train_s", "publish_s", "tokens_per_s")} <= set(steps[0])
+    assert list((finished.run / "tensorboard").glob("events.*"))
 
 
 def test_trainer_and_engine_agree_on_log_probs_at_every_step(finished: Suite) -> None:
-    assert all(row["mismatch_abs"] < 1e-3 for row in finished.rows("grpo"))
+    assert all(row["mismatch/abs"] < 1e-3 for row in finished.rows("grpo"))
 
 
 def test_the_engine_used_every_new_version(finished: Suite) -> None:
-    assert all(row["staleness"] == 0 for row in finished.rows("grpo"))
-    versions = [row["version"] for row in finished.rows("grpo")]
+    assert all(row["staleness/mean"] == 0 for row in finished.rows("grpo"))
+    versions = [row["staleness/version"] for row in finished.rows("grpo")]
     assert versions == [2, 3], "1 is the warm start; each step publishes the next"
     lines = (finished.run / "transcripts" / "step000002.jsonl").read_text().splitlines()
     assert {v for line in lines for v in json.loads(line)["versions"]} == {2}
@@ -162,6 +163,17 @@ def test_trajectory_shows_an_episode_of_a_run_that_has_ended(finished: Suite) ->
     shown = finished.forage("trajectory", listed[0]["id"])
     assert len(listed) == 3 and shown.returncode == 0
     assert listed[0]["question"] in shown.stdout and "not kept" in shown.stdout
+
+
+def test_the_finished_run_is_evaluated_by_services_started_for_it_and_leaves_its_answers(finished: Suite) -> None:
+    out = finished.folder / "eval"
+    done = finished.forage("eval", "--model", "smoke", "--limit", "2", "--out", str(out))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    result = json.loads((out / "results.json").read_text())
+    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert result["whole"]["questions"] == len(answers) == 2 and result["lost"] == 0
+    assert all(answer["response"] for answer in answers)
+    assert (out / "results.md").read_text().strip() in done.stdout
 
 
 def test_both_workers_played(finished: Suite) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -41,8 +42,7 @@ QUESTIONS = 5
 """Fewer than are trained on: the second epoch's shuffle is part of it."""
 LEASE_S = 5
 """What the stand-in took and has not finished for so long it takes again: its connection may have broken with the answer."""
-TIMES = ("seconds", "rollout_s", "train_s", "critic_s", "publish_s", "tokens_per_s", "version")
-TIMES += ("groups_refed", "groups_lost", "groups_waiting")
+TIMES = re.compile(r"at|time/.*|warm_start/seconds|eval/(seconds|.*version)|staleness/(version|groups_.*)")
 """Figures of a row that a restart may change: times, version numbers, counts since the process began."""
 
 
@@ -226,7 +226,7 @@ class RunToKill:
             weights=hashlib.sha256((self.folder / "final" / "model.safetensors").read_bytes()).hexdigest(),
             trained=[sorted({row["id"].split("/")[0] for row in rows}) for rows in steps],
             answers=[(row["id"], row["reward"]) for rows in steps for row in rows],
-            rows=[{k: v for k, v in row.items() if k not in TIMES} for row in _json_lines(self.folder / "metrics.jsonl")],
+            rows=[{k: v for k, v in row.items() if not TIMES.fullmatch(k)} for row in _json_lines(self.folder / "metrics.jsonl")],
             ledger=found[1],
             accounts=self.stand_in.store.accounts(),
         )

@@ -152,21 +152,22 @@ def test_ppo_goes_from_the_warm_start_to_the_final_model(reports: dict[str, Any]
 
 def test_the_policy_learns_only_after_the_critics_warm_up(reports: dict[str, Any]) -> None:
     first, second = reports["begun"]["rows"]
-    assert (first["learning_rate"], first["grad_norm"]) == (0, 0)
-    assert second["learning_rate"] > 0 and second["grad_norm"] > 0
-    assert first["critic_learning_rate"] == second["critic_learning_rate"] == 1e-3
+    assert (first["objective/learning_rate"], first["objective/grad_norm"]) == (0, 0)
+    assert second["objective/learning_rate"] > 0 and second["objective/grad_norm"] > 0
+    assert first["objective/critic_learning_rate"] == second["objective/critic_learning_rate"] == 1e-3
 
 
 def test_a_step_tells_of_its_critic(reports: dict[str, Any]) -> None:
-    told = {"value_loss", "value_clip_fraction", "explained_variance", "returns_mean", "value_mean", "critic_grad_norm"}
+    names = ("value_loss", "value_clip_fraction", "explained_variance", "returns_mean", "value_mean", "critic_grad_norm")
+    told = {f"objective/{name}" for name in names}
     assert all(told <= row.keys() for row in reports["begun"]["rows"])
-    assert reports["begun"]["rows"][0]["value_mean"] == 0, "the critic begins with a head of zeros"
+    assert reports["begun"]["rows"][0]["objective/value_mean"] == 0, "the critic begins with a head of zeros"
 
 
 def test_a_run_that_goes_on_has_its_critic_of_before(reports: dict[str, Any]) -> None:
     gone_on = reports["gone on"]
     assert gone_on["critic_steps"] == [3]
-    assert gone_on["rows"][-1]["step"] == 3 and gone_on["rows"][-1]["value_mean"] != 0
+    assert gone_on["rows"][-1]["step"] == 3 and gone_on["rows"][-1]["objective/value_mean"] != 0
 
 
 def test_a_kl_that_is_asked_for_later_does_not_take_the_starting_model_for_the_reference(reports: dict[str, Any]) -> None:
@@ -176,7 +177,7 @@ def test_a_kl_that_is_asked_for_later_does_not_take_the_starting_model_for_the_r
 def test_the_policy_after_the_warm_start_is_kept_as_the_reference(reports: dict[str, Any]) -> None:
     assert "reference" in reports["with KL"]["folders"] and "reference" not in reports["begun"]["folders"]
     # One optimizer step, from the reference itself: they have not parted yet.
-    assert reports["with KL"]["rows"][0]["reference_kl"] == pytest.approx(0, abs=1e-6)
+    assert reports["with KL"]["rows"][0]["objective/reference_kl"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_critic_that_is_asked_for_later_is_refused(reports: dict[str, Any]) -> None:

@@ -137,7 +137,7 @@ def test_two_ranks_are_killed_in_a_checkpoint_and_go_on(make_run: Callable[..., 
 
 def test_a_critic_goes_on_as_the_policy_does(make_run: Callable[..., RunToKill]) -> None:
     measure = make_run(objective={"advantage": "gae", "reference_every": 0}).finish()
-    assert all("value_loss" in row for row in measure.rows if row["kind"] == "grpo")
+    assert all("objective/value_loss" in row for row in measure.rows if row["kind"] == "grpo")
     run = make_run(objective={"advantage": "gae", "reference_every": 0})
     assert run.start(Point(PUBLISH, 4, "after")) == [-9], run.log.read_text()[-4000:]
     check(run, run.finish(), measure)
@@ -214,8 +214,8 @@ def test_what_an_asynchronous_run_trains_on_is_within_the_bound(make_run: Callab
     run = make_run(max_staleness=2, steps=6, eval_every=0)
     outcome = run.finish()
     rows = [row for row in outcome.rows if row["kind"] == "grpo"]
-    histogram = {n: sum(row[f"staleness_{n}"] for row in rows) for n in range(3)}
-    print(f"trajectories by staleness: {histogram}, over the bound: {sum(row['staleness_over'] for row in rows):.0f}")
+    histogram = {n: sum(row["staleness/histogram"][n] for row in rows) for n in range(3)}
+    print(f"trajectories by staleness: {histogram}, over the bound: {sum(row['staleness/over'] for row in rows):.0f}")
     assert sum(histogram.values()) == 6 * GROUPS * SAMPLES
     assert histogram[1] + histogram[2] > 0, "it ran ahead"
-    assert all(row["staleness_over"] == 0 and row["staleness_max"] <= 2 for row in rows)
+    assert all(row["staleness/over"] == 0 and row["staleness/max"] <= 2 for row in rows)

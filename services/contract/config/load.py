@@ -14,6 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
 
+import msgspec
 from pydantic import SecretStr, ValidationError, model_validator
 
 from services.contract.config.base import ConfigError, Section
@@ -178,6 +179,21 @@ def _types(model: Any, names: list[str]) -> set[Any]:
     if names[1:]:
         return _types(field.annotation, names[1:])
     return set(get_args(field.annotation)) if isinstance(field.annotation, UnionType) else {field.annotation}
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write what file and environment have set, as a file that `load_config` reads back; secrets are left out.
+
+    Defaults are not written: some keys may not even be named beside others (`rollout.max_searches` beside `max_turns`).
+    """
+    values = config.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+    for key in _secrets(values, Config):
+        *sections, name = key.split(".")
+        holder = values
+        for section in sections:
+            holder = holder[section]
+        del holder[name]
+    path.write_bytes(msgspec.toml.encode(values))
 
 
 def dump_config(config: Config) -> dict[str, Any]:

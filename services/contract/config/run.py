@@ -17,6 +17,9 @@ class RunConfig(Section):
     directory: Path = Path("var/runs")
     """Checkpoints, metrics and the final model are written under `<directory>/<name>`."""
     seed: int = 0
+    wandb: bool = False
+    """Report to Weights & Biases too; needs the extra `wandb`. Its own variables count: WANDB_API_KEY, WANDB_MODE, WANDB_ENTITY."""
+    wandb_project: str = "forage"
 
     @property
     def folder(self) -> Path:

@@ -70,9 +70,23 @@ class TrainerConfig(Section):
     """GRPO steps between evaluations; 0 evaluates only before and after."""
     eval_questions: NonNegative = 200
     """Held-out questions per evaluation, taken evenly from every kind; 0 takes all."""
+    eval_samples: Positive = 1
+    """Episodes a held-out question. Several give pass@k, and need a temperature above 0."""
+    eval_temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 plays held-out questions greedily."""
+    eval_waits: bool | None = None
+    """Whether training waits for the evaluations of `eval_every`, so that one version answers all of it. None: if `max_staleness`
+    is 0. The evaluations before and after GRPO are always waited for."""
+    metrics_host: str = "127.0.0.1"
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Where Prometheus reads /metrics of the trainer; 0 leaves it out."""
     distributed_timeout_s: Seconds = 1800
     warm_start: WarmStartConfig = WarmStartConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+
+    @property
+    def evaluation_waits(self) -> bool:
+        return self.max_staleness == 0 if self.eval_waits is None else self.eval_waits
 
     @model_validator(mode="after")
     def _steps_fit(self) -> TrainerConfig:
@@ -99,3 +113,5 @@ def _problems(trainer: TrainerConfig) -> Iterator[str]:
         yield "min_learning_rate is above learning_rate: lower it"
     if trainer.schedule != "constant" and 0 < trainer.steps <= trainer.warmup_steps + o.critic_warmup_steps:
         yield "warmup_steps leaves no step of `steps` to decay over: lower it"
+    if trainer.eval_samples > 1 and trainer.eval_temperature == 0:
+        yield "eval_samples above 1 would play the same greedy episode again: set eval_temperature above 0, or eval_samples to 1"

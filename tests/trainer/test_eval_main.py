@@ -1,0 +1,206 @@
+"""The evaluator of `forage eval`: question files in, kept answers and scores out. Engine and graders are a stand-in."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import redis
+
+from services.contract.config import Config, ConfigError
+from services.contract.eval_job import ANSWERS, JOB, EvalJob, read_result
+from services.contract.groups import GroupStore
+from services.contract.messages import PromptGroup, Question
+from services.contract.policy import PolicyBoard, PolicyVersion
+from services.trainer import eval_modes
+from services.trainer.eval_main import choose, run
+from services.trainer.eval_modes import RetrieverAway, make_eval_group, retrieve, with_passages
+from services.trainer.ranks import StopRequested
+from tests.factories import grade, make_trajectory
+from tests.rollout.standins import StandInRetriever
+from tests.rollout.tiny_model import PASSAGES
+
+QUESTION = Question("1", "nq", "Where is Paris?", ["France"])
+
+
+class Bench:
+    def __init__(self, redis_url: str, client: redis.Redis, folder: Path, retriever_url: str = "http://127.0.0.1:1") -> None:
+        self.folder, self.questions = folder / "eval", folder / "questions.jsonl"
+        rows = [
+            {"id": str(i), "source": source, "question": f"{source} {i}?", "golden_answers": ["x"]}
+            for source in "ab"
+            for i in range(4)
+        ]
+        self.questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        values = {"run": {"name": "eval"}, "redis": {"url": redis_url, "retry_s": 10}, "retriever": {"url": retriever_url}}
+        self.config = Config.model_validate(values | {"model": {"source": "folder", "path": str(folder)}})
+        self.store = GroupStore(client, "eval")
+        self.seen: list[PromptGroup] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._play)
+        self._thread.start()
+
+    def job(self, **changes: object) -> EvalJob:
+        job = msgspec.structs.replace(EvalJob("m", "d", [str(self.questions)], [], 0, 1, 0.0, "search"), **changes)
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / JOB).write_bytes(msgspec.json.encode(job))
+        return job
+
+    def ids(self) -> list[str]:
+        return [json.loads(line)["id"] for line in (self.folder / ANSWERS).read_text().splitlines()]
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _play(self) -> None:
+        """Right on every question of kind a."""
+        while not self._stop.is_set():
+            for lease in self.store.lease("stand-in", 1, 50):
+                group = lease.group
+                self.seen.append(group)
+                for sample in range(group.samples):
+                    spans = {} if group.sampling.max_searches else {"spans": make_trajectory().spans[:1], "response_ids": [10, 11]}
+                    logprobs = {"logprobs": [-0.5, -0.25]} if spans else {}
+                    played = make_trajectory(
+                        group.group_id, sample, source=group.source, question=group.question, **spans, **logprobs
+                    )
+                    self.store.store(played, lease)
+                    assert grade(self.store, played.id, 1.0, exact_match=float(group.source == "a"), format=1.0)
+                self.store.finish(lease)
+
+
+@pytest.fixture
+def bench(redis_url: str, redis_client: redis.Redis, tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(redis_url, redis_client, tmp_path)
+    yield bench
+    bench.close()
+    bench.store.accounts().check()
+
+
+def test_scores_are_written_by_kind_with_their_mean_and_intervals(bench: Bench) -> None:
+    bench.job()
+    table = run(bench.config, bench.folder, running=False)
+    result = read_result(bench.folder)
+    assert result and result.whole.figures["exact_match"] == 0.5 and result.whole.questions == 8
+    assert result.by_source["a"].figures["exact_match"] == 1.0 and result.source_mean["exact_match"] == 0.5
+    assert "| a " in table and "100.0 (51.0–100.0)" in table and "**mean of kinds**" in table
+    assert (bench.folder / "results.md").read_text().strip() == table
+    assert bench.store.in_flight() == set()
+
+
+def test_answers_already_had_are_kept_and_a_larger_sample_asks_only_for_the_rest(bench: Bench) -> None:
+    bench.job(limit=4)
+    run(bench.config, bench.folder, running=False)
+    first = bench.ids()
+    bench.job(limit=0)
+    run(bench.config, bench.folder, running=False)
+    assert len(first) == 4 and bench.ids()[:4] == first and len(set(bench.ids())) == 8
+    assert len(bench.seen) == 8
+    bench.job(limit=4)
+    run(bench.config, bench.folder, running=False)
+    result = read_result(bench.folder)
+    assert result and result.whole.questions == 4 and len(bench.seen) == 8
+    assert len(bench.ids()) == 8, "a smaller sample throws nothing away"
+
+
+def test_several_samples_give_pass_at_k(bench: Bench) -> None:
+    bench.job(samples=2, temperature=0.7, sources=["a"])
+    run(bench.config, bench.folder, running=False)
+    result = read_result(bench.folder)
+    assert result and result.whole.figures["pass@2"] == 1.0 and result.whole.questions == 4
+    assert {group.sampling.temperature for group in bench.seen} == {0.7}
+
+
+def test_a_direct_answer_is_asked_for_without_a_search_and_counts_as_answered(bench: Bench) -> None:
+    bench.job(mode="direct", limit=2)
+    run(bench.config, bench.folder, running=False)
+    result = read_result(bench.folder)
+    assert {group.sampling.max_searches for group in bench.seen} == {0}
+    assert result and result.whole.figures["answered"] == 1.0 and result.whole.figures["searches"] == 0.0
+
+
+def test_a_running_suite_is_scored_at_its_own_version(bench: Bench) -> None:
+    bench.job(limit=2)
+    with pytest.raises(ConfigError, match="serves no policy yet"):
+        run(bench.config, bench.folder, running=True)
+    PolicyBoard(bench.store.client, "eval").commit(PolicyVersion(7, "somewhere"))
+    run(bench.config, bench.folder, running=True)
+    assert {group.issued_version for group in bench.seen} == {7}
+
+
+def test_a_suite_whose_trainer_is_at_work_is_left_alone(bench: Bench) -> None:
+    bench.job()
+    PolicyBoard(bench.store.client, "eval").commit(PolicyVersion(7, "somewhere"))
+    bench.store.read_graded(1, 1)  # as a trainer does all the time
+    with pytest.raises(ConfigError, match="somebody else reads the answers"):
+        run(bench.config, bench.folder, running=True)
+
+
+def test_a_folder_without_a_job_is_refused(bench: Bench) -> None:
+    with pytest.raises(ConfigError, match=r"no job\.json"):
+        run(bench.config, bench.folder, running=False)
+
+
+def test_questions_that_cannot_be_meant_are_refused(bench: Bench) -> None:
+    with pytest.raises(ConfigError, match="no question is of the kind c; these files have a, b"):
+        choose(bench.config, bench.job(sources=["c"]))
+    with pytest.raises(ConfigError, match="two questions are called a:0"):
+        choose(bench.config, bench.job(questions=[str(bench.questions)] * 2))
+
+
+def test_a_stop_keeps_what_has_come(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop_after_three() -> None:
+        if (bench.folder / ANSWERS).exists() and len(bench.ids()) >= 3:
+            raise StopRequested
+
+    monkeypatch.setattr("services.trainer.eval_main._stop_check", lambda: stop_after_three)
+    bench.job()
+    with pytest.raises(StopRequested):
+        run(bench.config, bench.folder, running=False)
+    monkeypatch.undo()
+    run(bench.config, bench.folder, running=False)
+    assert len(bench.ids()) == len(set(bench.ids())) == 8
+
+
+# -- modes -------------------------------------------------------------------------------------------------------------
+
+
+def group_of(config: Config, mode: str) -> PromptGroup:
+    return make_eval_group(config, QUESTION, EvalJob("m", "d", [], [], 0, 1, 0.0, mode), 0)  # type: ignore[arg-type]
+
+
+def test_search_plays_the_runs_own_prompt(tmp_path: Path) -> None:
+    config = Config.model_validate({"data": {"instruction": "Find out: {question}"}, "rollout": {"max_searches": 4}})
+    group = group_of(config, "search")
+    assert group.prompt == [{"role": "user", "content": "Find out: Where is Paris?"}] and group.sampling.max_searches == 4
+
+
+def test_rag_shows_the_passages_of_one_search_in_the_prompt() -> None:
+    retriever = StandInRetriever()
+    try:
+        config = Config.model_validate({"retriever": {"url": retriever.url}, "rollout": {"topk": 2}, "data": {"system": "Search!"}})
+        (group,) = with_passages(config, [group_of(config, "rag")])
+    finally:
+        retriever.close()
+    assert retriever.requests == [{"queries": ["Where is Paris?"], "topk": 2, "return_scores": False}]
+    (message,) = group.prompt
+    assert isinstance(message, dict)
+    assert "The capital is Paris." in message["content"] and message["content"].endswith("Question: Where is Paris?")
+    assert group.sampling.max_searches == 0 and len(PASSAGES) == 2
+
+
+@pytest.mark.parametrize("status", [404, 500])
+def test_a_retriever_that_cannot_be_used_is_told(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eval_modes, "PAUSE_S", 0.01)
+    retriever = StandInRetriever()
+    retriever.always = status
+    try:
+        with pytest.raises(RetrieverAway, match=r"is retriever\.url right"):
+            retrieve(Config.model_validate({"retriever": {"url": retriever.url}}), ["Where?"])
+    finally:
+        retriever.close()
