@@ -30,10 +30,12 @@ from typing import Any, Literal
 import msgspec
 import redis
 
+from services.contract.push import PushBoard
 from services.contract.store import Keys
 
 EngineState = Literal["loading", "ready", "paused", "stale"]
 ALIVE_S = 20
+"""An engine that has not reported for so long counts as gone."""
 _HOLD = """
 local holder = redis.call('GET', KEYS[1])
 if holder and holder ~= ARGV[1] then return 0 end
@@ -41,13 +43,14 @@ redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
 _LET_GO = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end"
-"""An engine that has not reported for so long counts as gone."""
 
 
 class PolicyVersion(msgspec.Struct, frozen=True):
     version: int
     path: str
     """A Hugging Face folder; every service sees the volume at the path that its own configuration gives."""
+    pushed: bool = False
+    """It went straight into the engines (`push.py`); the folder is written later, or when an engine needs it."""
 
 
 class EngineReport(msgspec.Struct, frozen=True):
@@ -57,7 +60,7 @@ class EngineReport(msgspec.Struct, frozen=True):
     version: int
     """What it serves; -1 before the first load."""
     staged: int = -1
-    """The newest version whose digests it has verified."""
+    """The newest version that it has whole and verified: the folder's digests, or what a push brought."""
     reading: list[int] = []
     """Versions whose files it may still open."""
     tensor_parallel: int = 1
@@ -71,6 +74,16 @@ class EngineReport(msgspec.Struct, frozen=True):
     queued: int = 0
     kv_use: float = 0.0
     """Share of the KV cache that running requests hold."""
+    group: str = ""
+    """The weight group that it is in."""
+    following: int = -1
+    """The version whose push it takes part in."""
+    receiving: int = -1
+    """The version that is being pushed to it; it is paused and waits for the bytes."""
+    refused: int = -1
+    """The last version whose push it could not go on with."""
+    trouble: str = ""
+    """Why the newest version cannot be used, in words; empty while nothing is wrong."""
 
 
 class PolicyBoard:
@@ -79,6 +92,7 @@ class PolicyBoard:
     def __init__(self, client: redis.Redis, run: str) -> None:
         self.client: Any = client  # redis-py types every answer as sync or async
         self.keys = Keys(run)
+        self.pushes = PushBoard(client, self.keys)
         self._hold, self._let_go = client.register_script(_HOLD), client.register_script(_LET_GO)
 
     def stage(self, version: PolicyVersion) -> None:

@@ -110,6 +110,7 @@ class Keys:
         self.graded_samples = self.prefix + "graded_samples"
         self.engines = self.prefix + "engines"
         self.policy = self.prefix + "policy"
+        self.push_lease = self.prefix + "push_lease"
         self.paused_engines = self.prefix + "paused_engines"
         self.events = self.prefix + "events"
 

@@ -7,13 +7,16 @@ the folder got its name by one rename. So a folder with that name is whole, and 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 
 import msgspec
 
@@ -21,6 +24,8 @@ MANIFEST = "manifest.json"
 _NAME = re.compile(r"^v\d{6,}$")
 _WRITING = ".writing-"
 _CHUNK = 8 << 20
+_SYNC_FILE_RANGE_WRITE = 2
+_libc = ctypes.CDLL(None)
 
 
 class WeightsError(Exception):
@@ -43,11 +48,19 @@ class Manifest(msgspec.Struct, frozen=True):
     files: dict[str, FileEntry]
 
 
+Write = Callable[[Path], Mapping[str, FileEntry] | None]
+"""Fills a folder. Returns what it knows of the files that are synced already (`HashedFile`); the others are read and synced."""
+
+
 def version_folder(root: Path, version: int) -> Path:
     return root / f"v{version:06d}"
 
 
-def publish(root: Path, version: int, parent: int, write: Callable[[Path], None], bytes_needed: int = 0) -> Path:
+def is_published(root: Path, version: int) -> bool:
+    return (version_folder(root, version) / MANIFEST).exists()
+
+
+def publish(root: Path, version: int, parent: int, write: Write, bytes_needed: int = 0) -> Path:
     """Let `write` fill a folder, then make it version `version` in one step. Returns its final path.
 
     Raises NoSpace when the volume has less than `bytes_needed` free or fills up on the way, WeightsError if the version exists.
@@ -62,8 +75,7 @@ def publish(root: Path, version: int, parent: int, write: Callable[[Path], None]
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        write(temporary)
-        _seal(temporary, version, parent)
+        _seal(temporary, version, parent, write(temporary) or {})
         temporary.rename(target)
         sync_folder(root)
     except OSError as error:
@@ -77,10 +89,10 @@ def publish(root: Path, version: int, parent: int, write: Callable[[Path], None]
     return target
 
 
-def _seal(folder: Path, version: int, parent: int) -> None:
-    """Sync every file, then write the manifest and sync that and the folder."""
-    files = {}
-    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+def _seal(folder: Path, version: int, parent: int, written: Mapping[str, FileEntry]) -> None:
+    """Sync every file that is not yet, then write the manifest and sync that and the folder."""
+    files = dict(written)
+    for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name not in written):
         sync_file(path)
         files[path.name] = FileEntry(path.stat().st_size, file_digest(path))
     manifest = folder / MANIFEST
@@ -141,12 +153,62 @@ def collect_garbage(root: Path, keep_last: int, in_use: Iterable[int]) -> list[i
     return doomed
 
 
+class HashedFile:
+    """A file that is written and hashed in one pass, and synced once, at the end; `entry` is its line of the manifest.
+
+    Hashing goes on in a thread beside the write, and each chunk is on its way to the disk while the next one is written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._digest, self._bytes = path, hashlib.sha256(), 0
+        self._hashing: Future[None] | None = None
+        self.entry = FileEntry(0, "")
+
+    def __enter__(self) -> HashedFile:
+        self._file = self._path.open("xb", buffering=0)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sha256")
+        return self
+
+    def write(self, data: bytes | memoryview) -> None:
+        """`data` must stay as it is until the next call."""
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), _CHUNK):
+            self._write_chunk(view[start : start + _CHUNK])
+
+    def _write_chunk(self, chunk: memoryview) -> None:
+        former, self._hashing = self._hashing, self._thread.submit(self._digest.update, chunk)
+        written = 0
+        while written < len(chunk):
+            written += self._file.write(chunk[written:]) or 0
+        _start_writeback(self._file.fileno(), self._bytes, len(chunk))
+        self._bytes += len(chunk)
+        if former:
+            former.result()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._thread.shutdown(wait=True)
+        try:
+            if error is None:
+                if self._hashing:
+                    self._hashing.result()
+                os.fsync(self._file.fileno())
+                self.entry = FileEntry(self._bytes, self._digest.hexdigest())
+        finally:
+            self._file.close()
+
+
 def file_digest(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _start_writeback(file: int, start: int, size: int) -> None:
+    """Ask Linux to begin writing a range to the disk, without waiting; elsewhere the sync at the end does all of it."""
+    if sync_file_range := getattr(_libc, "sync_file_range", None):
+        sync_file_range(file, ctypes.c_int64(start), ctypes.c_int64(size), _SYNC_FILE_RANGE_WRITE)
 
 
 def sync_file(path: Path) -> None:

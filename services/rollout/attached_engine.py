@@ -119,17 +119,21 @@ class AttachedEngine(Engine):
 
     async def update(self, model: str, version: int) -> None:
         """As `Engine.update`; nothing is done when another worker has done it. Not broken off by a shutdown."""
-        async with self._held():
+        async with self.alone():
             await to_the_end(self._update_held(model, version))
 
     async def _update_held(self, model: str, version: int) -> None:
-        left_paused = await self._run(self.board.may_be_paused, self.url)
-        if not left_paused and await self.reported_version() == str(version):
+        if await self.has_served(version):
             self.version = version
             return
         # Nothing drains from a paused engine; its requests are broken off and played again.
+        left_paused = await self._run(self.board.may_be_paused, self.url)
         mode = "abort" if left_paused and self.config.update_mode == "drain" else self.config.update_mode
         await self._update(model, version, mode)
+
+    async def has_served(self, version: int) -> bool:
+        paused = await self._run(self.board.may_be_paused, self.url)
+        return not paused and await self.reported_version() == str(version)
 
     async def pause(self) -> None:
         await self._run(self.board.note_pause, self.url, self.worker)
@@ -140,7 +144,7 @@ class AttachedEngine(Engine):
         await self._run(self.board.note_resume, self.url)
 
     @contextlib.asynccontextmanager
-    async def _held(self) -> AsyncIterator[None]:
+    async def alone(self) -> AsyncIterator[None]:
         """Hold the engine, waiting for whoever holds it now: that one finishes, or dies and its hold runs out."""
         seconds = self.config.engine.pause_lease_s
         while not await self._run(self.board.hold, self.url, self.worker, seconds):

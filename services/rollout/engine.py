@@ -20,8 +20,10 @@ anew from the tokens, so every token after the swap has the new policy's log-pro
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import uuid
+from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
@@ -165,14 +167,18 @@ class Engine:
         await self._update(model, version, self.config.update_mode)
 
     async def _update(self, model: str, version: int, mode: str) -> None:
+        await self.pause_as(mode)
+        await self.load(model, version)
+        await self.resume()
+        self.version = version
+
+    async def pause_as(self, mode: str) -> None:
+        """Stop it from decoding, with the running turns dealt with as the table says."""
         if mode == "drain":
             await self._drained()
         await self.pause()
         if mode != "in_place":
             await self.abort()
-        await self.load(model, version)
-        await self.resume()
-        self.version = version
 
     async def _drained(self) -> None:
         """Wait for the turns that are under way, for as long as one may take. Nobody must send new ones (`Member.serves`)."""
@@ -207,6 +213,15 @@ class Engine:
     async def resume(self) -> None:
         await self._post("/continue_generation", {}, CONTROL_TIMEOUT_S)
 
+    @contextlib.asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """While nobody else changes its policy."""
+        yield
+
+    async def has_served(self, version: int) -> bool:
+        """Whether somebody else has brought it to `version`, and it serves."""
+        return False
+
     async def reported_version(self) -> str:
         """The version that the engine says it serves."""
         return str((await self._ask("/model_info")).get("weight_version"))
@@ -229,6 +244,13 @@ class Engine:
 
     async def _ask(self, path: str) -> dict[str, Any]:
         return msgspec.json.decode(await self._request("GET", self.url + path, None, QUESTION_TIMEOUT_S))
+
+    async def control(self, path: str, body: dict[str, Any], timeout_s: float = CONTROL_TIMEOUT_S) -> dict[str, Any]:
+        """One of SGLang's control endpoints. Raises EngineError when it fails or says that it has not succeeded."""
+        answer = msgspec.json.decode(await self._post(path, body, timeout_s))
+        if not answer.get("success"):
+            raise EngineError(f"{path} failed: {answer.get('message')}")
+        return answer
 
     async def _post(self, path: str, body: dict[str, Any], timeout_s: float) -> bytes:
         return await self._request("POST", self.url + path, _encode(body), timeout_s)

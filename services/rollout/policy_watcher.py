@@ -11,11 +11,16 @@
 A published version is verified (every digest) before the engine is paused. If the load itself fails, the engine may hold half
 of each policy: it is stopped rather than resumed and `supervisor.py` starts it anew; the turns it had are played again then.
 A pause of an own engine cannot outlive the worker, because the engine cannot; for an attached one see `attached_engine.py`.
+
+With `weights.transport = "collective"` versions are pushed (`receiver.py`), and the current one need not be on the volume. An
+engine that starts then loads the newest version that is; it is `stale` until the trainer, who sees that, has written the current
+one there, or until the next push.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -23,50 +28,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from services.contract import weights
-from services.contract.config import Config
 from services.contract.policy import EngineReport, EngineState, PolicyBoard, PolicyVersion
+from services.contract.push import Push
 from services.rollout.engine import Engine, EngineLoad
 from services.rollout.failures import EngineError
-from services.rollout.tasks import RunInThread
+from services.rollout.receiver import Receiver
+from services.rollout.tasks import RunInThread, to_the_end
+from services.rollout.version_files import VersionFiles
 
 logger = logging.getLogger("policy")
 
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 30.0
-VERIFIED_KEPT = 3
-
-
-class VersionFiles:
-    """The folders of published versions as this worker sees them, each verified once however many engines load it."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self._verified: dict[int, tuple[Path, int]] = {}
-        self._one_at_a_time = asyncio.Lock()
-
-    def local(self, policy: PolicyVersion) -> Path:
-        """The trainer may see the volume, or the starting model, at another path than this worker does."""
-        published = weights.version_folder(self.config.weights_folder, policy.version)
-        path = Path(policy.path)
-        if path.name == published.name:
-            return published
-        return path if path.is_dir() or policy.version > 0 else self.config.model_path
-
-    async def verify(self, policy: PolicyVersion) -> Path:
-        """Its folder here, every digest checked, once for each manifest. Raises WeightsError, OSError."""
-        path = self.local(policy)
-        if path.parent != self.config.weights_folder:
-            if not path.is_dir():
-                raise weights.WeightsError(f"{path} is not a folder that this worker sees: mount it, or set model.path")
-            return path
-        async with self._one_at_a_time:
-            stamp = (path, _modified(path / weights.MANIFEST))
-            if self._verified.get(policy.version) != stamp:
-                manifest = await asyncio.to_thread(weights.verify, path)
-                if manifest.version != policy.version:
-                    raise weights.WeightsError(f"{path} calls itself version {manifest.version}, the board says {policy.version}")
-                kept = sorted(self._verified)[-VERIFIED_KEPT:]
-                self._verified = {version: self._verified[version] for version in kept} | {policy.version: stamp}
-        return path
 
 
 class PolicyWatcher:
@@ -83,9 +55,13 @@ class PolicyWatcher:
         self._target = -1
         """A version whose files are being read."""
         self._retry_s, self._retry_at = FIRST_RETRY_S, 0.0
+        self._trouble = ""
+        """Why the last version that was looked at cannot be used."""
         self.changes = 0
         """How often the state has changed: who sees the same number twice knows that nothing happened between."""
         self.on_change: Callable[[], None] = lambda: None
+        self._receiver = Receiver(files.config, board, engine, run)
+        self._receiver.report, self._receiver.pausing = self.report, self._pausing
         self._load: tuple[int, int, EngineLoad] = (0, 0, EngineLoad(0, 0, 0.0))
         self._reporting, self._left = threading.Lock(), False
 
@@ -101,8 +77,9 @@ class PolicyWatcher:
             if current is None:
                 return self.config.model_path, 0
             self.wanted = current.version
-            if path := await self._verify(current):
-                return path, current.version
+            usable = self.files.newest(current.version) if self.files.is_absent(current) else current
+            if path := await self._verify(usable):
+                return path, usable.version
             await asyncio.sleep(max(self._retry_at - time.monotonic(), 0))
 
     async def serves(self, version: int) -> None:
@@ -114,12 +91,16 @@ class PolicyWatcher:
     async def lost(self) -> None:
         """There is no engine any more."""
         self.version, self._target = -1, -1
+        self._receiver.forget()
         await self._become("loading")
 
     async def follow(self) -> None:
         """One look at the board, and what follows from it. Raises EngineError when a verified version could not be loaded."""
+        if self.config.weights.transport == "collective" and (push := await self._push()):
+            await self._take_part(push)
+            return
         current, staged = await self._run(self.board.current), await self._run(self.board.staged)
-        if staged and staged.version != self.staged and await self._verify(staged):
+        if staged and staged.version != self.staged and not self.files.is_absent(staged) and await self._verify(staged):
             self.staged = staged.version
             await self.report()
         if current:
@@ -127,10 +108,63 @@ class PolicyWatcher:
         if current is None or current.version == self.version:
             if self.state != "ready":
                 await self._become("ready")
-        elif path := await self._verify(current):
+        elif path := await self._available(current):
             await self._swap(path, current.version)
         elif self.state != "stale":
             await self._become("stale")
+
+    async def _available(self, current: PolicyVersion) -> Path | None:
+        """Its folder, for `_swap`: the engine will not open it if another worker has brought it to `current` by a push."""
+        if self.files.is_absent(current):
+            return self.files.local(current) if await self.engine.has_served(current.version) else None
+        return await self._verify(current)
+
+    async def _push(self) -> Push | None:
+        """The push under way, if this engine is to take part in it and has not refused."""
+        push = await self._run(self.board.pushes.alive)
+        ours = push and self.engine.name in push.group.ranks and push.version > self.version
+        return push if ours and push.version != self._receiver.refused else None
+
+    async def _take_part(self, push: Push) -> None:
+        """Until the push is over. Raises EngineError when the engine could not be brought back to a whole version."""
+        try:
+            async with self.engine.alone():
+                await to_the_end(self._receive(push))
+        except EngineError:
+            await self.engine.stop()
+            raise
+
+    async def _receive(self, push: Push) -> None:
+        outcome = await self._receiver.take_part(push)
+        if outcome == "committed":
+            self.version = self.staged = self.wanted = push.version
+        elif outcome == "torn":
+            await self._go_back()
+        if outcome != "unpaused":
+            await self.engine.resume()
+            self.engine.version = self.version
+            await self._become("ready")
+            logger.info("policy version %d serves after a push of %d", self.version, push.version)
+
+    async def _pausing(self) -> None:
+        await self._become("paused")
+
+    async def _go_back(self) -> None:
+        """Load the newest whole version of the volume into the paused engine; none that never became current."""
+        await self._receiver.leave()
+        with contextlib.suppress(EngineError):
+            await self.engine.control("/end_weight_update", {})
+        current = await self._run(self.board.current)
+        newest = self.files.newest(current.version if current else 0)
+        path = await self._verify(newest)
+        if path is None:
+            raise EngineError(f"a push failed and version {newest.version} on the volume cannot be used")
+        self._target = newest.version
+        try:
+            await self.engine.load(str(path), newest.version)
+        finally:
+            self._target = -1
+        self.version = newest.version
 
     async def _swap(self, path: Path, version: int) -> None:
         started = time.monotonic()
@@ -157,13 +191,17 @@ class PolicyWatcher:
         try:
             path = await self.files.verify(policy)
         except (weights.WeightsError, OSError) as error:
+            path = None
+            self._trouble = f"version {policy.version}: {error}"
             self._retry_at = time.monotonic() + self._retry_s
             logger.error("policy version %d cannot be used, trying again in %.0f s: %s", policy.version, self._retry_s, error)
             self._retry_s = min(2 * self._retry_s, LONGEST_RETRY_S)
-            return None
         finally:
             self._target = -1
-        self._retry_s = FIRST_RETRY_S
+        if path is None:
+            await self.report()
+        else:
+            self._retry_s, self._trouble = FIRST_RETRY_S, ""
         return path
 
     async def _become(self, state: EngineState) -> None:
@@ -193,7 +231,7 @@ class PolicyWatcher:
             url=self.engine.url,
             state=self.state,
             version=self.version,
-            staged=self.staged,
+            staged=max(self.staged, self._receiver.received),
             reading=sorted({self.version, self._target} - {-1}),
             tensor_parallel=self.config.rollout.engine.tensor_parallel,
             worker=self.worker,
@@ -202,6 +240,11 @@ class PolicyWatcher:
             running=load.running,
             queued=load.queued,
             kv_use=load.kv_use,
+            group=self._receiver.group,
+            following=self._receiver.following,
+            receiving=self._receiver.receiving,
+            refused=self._receiver.refused,
+            trouble=self._trouble,
         )
 
     async def leave(self) -> None:
@@ -219,10 +262,3 @@ class PolicyWatcher:
             return "starting: the engine does not answer yet"
         behind = f", behind version {self.wanted}" if self.version != self.wanted else ""
         return f"ready: policy version {self.version}{behind}"
-
-
-def _modified(path: Path) -> int:
-    try:
-        return path.stat().st_mtime_ns
-    except FileNotFoundError:
-        return -1

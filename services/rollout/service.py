@@ -27,10 +27,11 @@ from services.rollout.episode import Player
 from services.rollout.grading import Grading
 from services.rollout.keeper import Keeper
 from services.rollout.own_engine import OwnEngine
-from services.rollout.policy_watcher import PolicyWatcher, VersionFiles
+from services.rollout.policy_watcher import PolicyWatcher
 from services.rollout.retrieval import Retriever
 from services.rollout.supervisor import Supervisor
 from services.rollout.tasks import RunInThread, run_in
+from services.rollout.version_files import VersionFiles
 from services.rollout.worker import GOODBYE_S, Worker
 
 logger = logging.getLogger("rollout")

@@ -39,7 +39,8 @@ def _engines(seen: Snapshot) -> Iterator[str]:
         if engine.reported_s is None:
             yield f"engine {engine.engine_id} has fallen silent"
         elif engine.state == "stale":
-            yield f"engine {engine.engine_id} cannot load version {seen.current} and takes no new group: see its worker's log"
+            reason = engine.trouble or "see its worker's log"
+            yield f"engine {engine.engine_id} cannot load version {seen.current} and takes no new group: {reason}"
 
 
 def _queues(config: Config, queues: Queues) -> Iterator[str]:

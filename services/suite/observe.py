@@ -45,6 +45,8 @@ class Engine(msgspec.Struct, frozen=True):
     """Groups that its worker holds now."""
     tokens_per_s: float
     """Of trajectories that were graded in the last minute."""
+    trouble: str = ""
+    """Why it cannot use the newest version, in its worker's words."""
 
 
 class Queues(msgspec.Struct, frozen=True):
@@ -192,6 +194,7 @@ class Observer:
                 reported_s=ALIVE_S - milliseconds / 1000 if milliseconds > 0 else None,
                 groups=held.get(report.worker, 0),
                 tokens_per_s=speed.by_worker.get(report.worker, 0.0),
+                trouble=report.trouble,
             )
             for report, milliseconds in zip(reports, left, strict=True)
         ]

@@ -1,76 +1,65 @@
-"""A policy version goes out: written on the volume, verified by the engines, made current.
+"""A policy version goes out: over the volume, or pushed straight into the engines; then it is current.
 
-Two phases: `staged` is set when the version lies on the volume whole; every engine verifies it while it goes on serving;
-when all live engines have it (or the grace ran out) `current` is set, and each engine swaps on its own. An engine that was
-late takes no new group until it has caught up, so a slow one costs throughput and never correctness.
+Over the volume in two phases: `staged` is set when the version lies there whole; every engine verifies it while it goes on
+serving; when all live engines have it (or the grace ran out) `current` is set, and each engine swaps on its own. An engine that
+was late takes no new group until it has caught up, so a slow one costs throughput and never correctness.
+
+With `weights.transport = "collective"` a version is pushed (`collective.py`) and written to the volume after that:
+
+| the push        | the version is written to the volume                  | current is set               |
+|-----------------|-------------------------------------------------------|------------------------------|
+| reached all     | if it is the `volume_every`th since the last one,     | when all engines have it     |
+|                 | for a checkpoint, or when an engine turns up without  |                              |
+|                 | it (it was starting, or was started anew)             |                              |
+| failed, or      | at once                                               | as over the volume: the      |
+| nobody serves   |                                                       | engines load it from there   |
+
+So the lead keeps a copy of the last pushed version in memory (`buckets.py`) for as long as the volume has none.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from torch import Tensor
 
 from services.contract.config import Config
 from services.contract.policy import PolicyBoard, PolicyVersion
-from services.contract.weights import NoSpace, collect_garbage, publish, published_versions
+from services.contract.weights import (
+    NoSpace,
+    WeightsError,
+    Write,
+    collect_garbage,
+    publish,
+    published_versions,
+    verify,
+    version_folder,
+)
+from services.trainer.buckets import Bucket, all_tensors, fill_buckets
+from services.trainer.collective import Pusher, PushFailed, PushTimes
+from services.trainer.hf_folder import write_hf_folder
 
 logger = logging.getLogger("trainer")
 
-Tensors = Iterator[tuple[str, torch.Tensor]]
-SHARD_BYTES = 2 << 30
-COPIED = ("*.json", "*.txt", "*.model", "*.jinja")
-"""Files of the starting model that belong to every version: configuration and tokenizer."""
-NOT_COPIED = ("model.safetensors.index.json", "manifest.json")
+Export = Callable[[], Iterator[tuple[str, Tensor]]]
+"""Begins a pass over the policy's weights: (Hugging Face name, whole tensor). A second call begins another."""
 POLL_S = 0.2
+LOOK_FOR_NEED_S = 1.0
 FULL_DISK_RETRIES, FULL_DISK_WAIT_S = 10, 30.0
 
 
-def write_hf_folder(folder: Path, starting_model: Path, tensors: Tensors, dtype: str) -> None:
-    """Write a Hugging Face folder: weights as safetensors shards, configuration and tokenizer from the starting model."""
-    for pattern in COPIED:
-        for path in starting_model.glob(pattern):
-            if path.name not in NOT_COPIED:
-                shutil.copyfile(path, folder / path.name)
-    shards = _write_shards(folder, tensors, getattr(torch, dtype))
-    if len(shards) == 1:
-        (folder / shards[0][0]).rename(folder / "model.safetensors")
-    else:
-        _write_index(folder, shards)
+@dataclass
+class Kept:
+    """A pushed version that is not on the volume yet."""
 
-
-def _write_shards(folder: Path, tensors: Tensors, dtype: torch.dtype) -> list[tuple[str, dict[str, int]]]:
-    """Shards of about SHARD_BYTES; returns (file name, {tensor name: bytes}) for each."""
-    shards: list[tuple[str, dict[str, int]]] = []
-    held: dict[str, torch.Tensor] = {}
-
-    def flush() -> None:
-        name = f"model-{len(shards) + 1:05d}.safetensors"
-        save_file(held, folder / name, metadata={"format": "pt"})
-        (folder / name).chmod(0o644)  # safetensors writes for the owner only; workers may run as another user
-        shards.append((name, {n: t.nbytes for n, t in held.items()}))
-        held.clear()
-
-    for name, tensor in tensors:
-        held[name] = tensor.to(dtype).contiguous()
-        if sum(t.nbytes for t in held.values()) > SHARD_BYTES:
-            flush()
-    if held:
-        flush()
-    return shards
-
-
-def _write_index(folder: Path, shards: list[tuple[str, dict[str, int]]]) -> None:
-    weight_map = {name: file for file, sizes in shards for name in sizes}
-    total = sum(size for _, sizes in shards for size in sizes.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    version: int
+    parent: int
+    buckets: list[Bucket]
 
 
 class Publisher:
@@ -79,32 +68,107 @@ class Publisher:
     def __init__(self, config: Config, board: PolicyBoard, check_stop: Callable[[], None]) -> None:
         self.config, self.board, self.check_stop = config, board, check_stop
         self.root = config.weights_folder
+        self._pusher = Pusher(config, board, check_stop) if config.weights.transport == "collective" else None
+        self._kept: Kept | None = None
+        self.last_push: PushTimes | None = None
+        self._pushed_since = 0
+        """Versions that went out since one was written to the volume."""
+        self._look_again = 0.0
 
     def announce_start(self) -> None:
         """Version 0 is the starting checkpoint itself, where `prepare` left it."""
         self.board.commit(PolicyVersion(0, str(self.config.model_path)))
 
     def serves(self, version: int) -> bool:
-        """Whether engines can load `version`: it is current, and its folder is there."""
+        """Whether engines can load `version`: it is current, and its folder is there and whole."""
         current = self.board.current()
-        return current is not None and current.version == version and Path(current.path).exists()
+        if current is None or current.version != version or not Path(current.path).exists():
+            return False
+        try:
+            if Path(current.path).parent == self.root:  # the starting model has no manifest
+                verify(Path(current.path))
+        except WeightsError as error:
+            logger.warning("version %d is published anew under the next number: %s", version, error)
+            return False
+        return True
 
     def next_version(self) -> int:
         """Above everything ever published: after a crash, versions beyond the checkpoint must not be published again."""
         current = self.board.current()
-        return 1 + max([0, current.version if current else 0, *published_versions(self.root)])
+        taken = [current.version if current else 0, self.board.pushes.last_version()]
+        return 1 + max([*taken, *published_versions(self.root)])
 
-    def publish(self, version: int, parent: int, write: Callable[[Path], None]) -> Path:
-        """Write the version, let the engines verify it, make it current. Raises NoSpace when the volume stays full."""
-        path = self._write_patiently(version, parent, write)
-        policy = PolicyVersion(version, str(path))
-        self.board.stage(policy)
+    def publish(self, version: int, parent: int, export: Export) -> None:
+        """Bring the version to the engines and make it current. Raises NoSpace when the volume stays full."""
+        if self._pusher is None:
+            self._through_volume(version, parent, export)
+            return
+        weights = self.config.weights
+        buckets = fill_buckets(export(), getattr(torch, weights.dtype), weights.bucket_bytes)
+        try:
+            self.last_push = self._pusher.push(version, buckets, lambda: self._commit(version, pushed=True))
+        except PushFailed as error:
+            logger.warning("version %d goes out over the volume, for its push failed: %s", version, error)
+            self._kept = None
+            self._through_volume(version, parent, lambda: all_tensors(buckets))
+        else:
+            self._kept = Kept(version, parent, buckets)
+            self._pushed_since += 1
+            if self._pushed_since >= weights.volume_every:
+                self.put_on_volume()
+
+    def _through_volume(self, version: int, parent: int, export: Export) -> None:
+        self._write(version, parent, export)
+        self.board.stage(self._policy(version))
         self._wait_until_staged(version)
-        self.board.commit(policy)
+        self._commit(version)
         collect_garbage(self.root, self.config.weights.keep_last, self._in_use())
+
+    def _commit(self, version: int, pushed: bool = False) -> None:
+        self.board.commit(self._policy(version, pushed))
+
+    def _policy(self, version: int, pushed: bool = False) -> PolicyVersion:
+        return PolicyVersion(version, str(version_folder(self.root, version)), pushed)
+
+    def close(self) -> None:
+        """Leave the group with the engines."""
+        if self._pusher:
+            self._pusher.close()
+
+    # -- the volume ----------------------------------------------------------------------------------------------------
+
+    def put_on_volume(self) -> None:
+        """Write the last pushed version there, unless it is there already."""
+        if self._kept:
+            kept, self._kept = self._kept, None
+            try:
+                self._write(kept.version, kept.parent, lambda: all_tensors(kept.buckets))
+            except BaseException:
+                self._kept = kept
+                raise
+            collect_garbage(self.root, self.config.weights.keep_last, self._in_use())
+
+    def wait(self) -> None:
+        """To be called wherever the lead waits: engines that came too late for the last push get it from the volume."""
+        self.check_stop()
+        if self._kept and time.monotonic() > self._look_again:
+            self._look_again = time.monotonic() + LOOK_FOR_NEED_S
+            if late := self._without(self._kept.version):
+                logger.info("version %d is written to the volume for %s", self._kept.version, ", ".join(late))
+                self.put_on_volume()
+
+    def _without(self, version: int) -> list[str]:
+        """Engines that do not have the version and are not just about to say that they do."""
+        late = ("loading", "stale")
+        return [e.engine_id for e in self.board.live_engines() if e.version < version and e.state in late]
+
+    def _write(self, version: int, parent: int, export: Export) -> Path:
+        model, dtype = self.config.model_path, self.config.weights.dtype
+        path = self._patiently(version, parent, lambda folder: write_hf_folder(folder, model, export(), dtype))
+        self._pushed_since = 0
         return path
 
-    def _write_patiently(self, version: int, parent: int, write: Callable[[Path], None]) -> Path:
+    def _patiently(self, version: int, parent: int, write: Write) -> Path:
         """A full disk is told about once and waited for: somebody may free it, and the run keeps what it has learned."""
         needed = sum(f.stat().st_size for f in self.config.model_path.glob("*.safetensors"))
         for attempt in range(1, FULL_DISK_RETRIES + 1):
@@ -120,9 +184,15 @@ class Publisher:
 
     def _wait_until_staged(self, version: int) -> None:
         deadline = time.monotonic() + self.config.weights.staging_grace_s
-        while waiting := [e.engine_id for e in self.board.live_engines() if e.state != "loading" and e.staged < version]:
+        told: set[str] = set()
+        while waiting := [e for e in self.board.live_engines() if e.state != "loading" and e.staged < version]:
+            for engine in waiting:
+                if engine.trouble and engine.trouble not in told:
+                    told.add(engine.trouble)
+                    logger.warning("engine %s cannot use %s", engine.engine_id, engine.trouble)
             if time.monotonic() > deadline:
-                logger.warning("version %d goes current although %s did not verify it in time", version, ", ".join(waiting))
+                names = ", ".join(engine.engine_id for engine in waiting)
+                logger.warning("version %d goes current although %s did not verify it in time", version, names)
                 return
             self._sleep(POLL_S)
 

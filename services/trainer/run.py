@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from services.trainer.megatron.critic import Critic
 from services.trainer.megatron.learner import Learner
 from services.trainer.metrics import evaluation_metrics, flow_metrics
 from services.trainer.objective.functions import check_functions
-from services.trainer.publish import Publisher, write_hf_folder
+from services.trainer.publish import Publisher
 from services.trainer.questions import TrainingOrder, read_questions, stratified
 from services.trainer.ranks import StopFlag, is_lead, on_lead, on_lead_with_export
 from services.trainer.reference import forget_references, kept_reference, reference_folder, refresh_is_due
@@ -51,7 +51,7 @@ class Lead:
         save_config(config, config.run.folder / "config.toml")  # for commands that look at the run later
         open_listeners(config, self.journal)
         self.publisher = Publisher(config, PolicyBoard(client, config.run.name), check_stop)
-        collector = Collector(self.store, config.trainer.collect_timeout_s, check_stop)
+        collector = Collector(self.store, config.trainer.collect_timeout_s, self.publisher.wait)
         order = TrainingOrder(read_questions(config.data.train_path), config.run.seed, config.data.mix)
         self.batches = Batches(config, self.store, collector, order, ledger)
         self.batches.take_over()
@@ -117,6 +117,7 @@ class Run:
         if self.ledger.has_learned:
             self.learner.save(scratch, self.critic)
         self.ledger.journal_bytes = on_lead(lambda: self._lead.journal.length())
+        on_lead(lambda: self._lead.publisher.put_on_volume())
         on_lead(lambda: self.checkpoints.save(self.ledger, scratch))
 
     def _release_what_is_durable(self) -> None:
@@ -160,13 +161,8 @@ class Run:
         """Give the present weights the next version number and wait until the engines may use it."""
         parent = self.ledger.version
         version = on_lead(lambda: self._lead.publisher.next_version())
-        on_lead_with_export(lambda begin: self._publish_version(version, parent, begin), self.learner.export)
+        on_lead_with_export(lambda begin: self._lead.publisher.publish(version, parent, begin), self.learner.export)
         self.ledger.publish(version, policies_kept=self.config.trainer.max_staleness + 1)
-
-    def _publish_version(self, version: int, parent: int, begin: Callable[[], Iterator[Any]]) -> None:
-        """Every attempt gathers all tensors anew: what a full disk broke off must not go out half."""
-        model, dtype = self.config.model_path, self.config.weights.dtype
-        self._lead.publisher.publish(version, parent, lambda folder: write_hf_folder(folder, model, begin(), dtype))
 
     def begin_critic(self) -> None:
         """PPO's critic begins as the policy does that GRPO starts from. Without one there is nothing to do."""
@@ -201,6 +197,7 @@ class Run:
     def _copy_version(self, target: Path) -> None:
         version = self.ledger.version
         source = version_folder(self.config.weights_folder, version) if version else self.config.model_path
+        on_lead(lambda: self._lead.publisher.put_on_volume())
         on_lead(lambda: self._patiently(lambda: copy_durably(source, target)))
 
     # -- groups and scores ---------------------------------------------------------------------------------------------

@@ -24,9 +24,10 @@ from services.rollout.episode import Generate, Player
 from services.rollout.grading import Grading
 from services.rollout.keeper import Keeper
 from services.rollout.own_engine import OwnEngine
-from services.rollout.policy_watcher import PolicyWatcher, VersionFiles
+from services.rollout.policy_watcher import PolicyWatcher
 from services.rollout.retrieval import Retriever
 from services.rollout.tasks import run_in
+from services.rollout.version_files import VersionFiles
 from services.rollout.worker import Worker
 from tests.rollout.standins import StandInRetriever
 from tests.rollout.tiny_model import make_model

@@ -15,9 +15,10 @@ from services.contract import weights
 from services.contract.policy import PolicyVersion
 from services.rollout.engine import Engine
 from services.rollout.failures import EngineError
-from services.rollout.policy_watcher import PolicyWatcher, VersionFiles
+from services.rollout.policy_watcher import PolicyWatcher
 from services.rollout.supervisor import Supervisor
 from services.rollout.tasks import run_in
+from services.rollout.version_files import VersionFiles
 from tests.factories import make_group, make_sampling
 from tests.rollout.conftest import Bench
 from tests.rollout.standins import StandInRetriever

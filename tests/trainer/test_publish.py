@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from services.contract.config import Config
 from services.contract.policy import EngineReport, PolicyBoard, PolicyVersion
-from services.contract.weights import NoSpace, published_versions, verify
+from services.contract.weights import NoSpace, verify, version_folder
+from services.trainer import hf_folder
 from services.trainer import publish as module
-from services.trainer.publish import Publisher, write_hf_folder
+from services.trainer.hf_folder import write_hf_folder
+from services.trainer.publish import Publisher
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.weight": torch.ones(4)}
 
@@ -38,13 +40,14 @@ def make_publisher(redis_client: redis.Redis, model: Path, weights: Path, grace_
     return Publisher(Config.model_validate(sections), PolicyBoard(redis_client, "quickstart"), check_stop=lambda: None)
 
 
-def write(model: Path):
-    return lambda folder: write_hf_folder(folder, model, iter(TENSORS.items()), "float32")
+def export() -> Iterator[tuple[str, torch.Tensor]]:
+    return iter(TENSORS.items())
 
 
 def test_a_published_version_is_a_whole_model_folder_and_current(redis_client: redis.Redis, model: Path, tmp_path: Path) -> None:
     publisher = make_publisher(redis_client, model, tmp_path / "w")
-    path = publisher.publish(1, 0, write(model))
+    publisher.publish(1, 0, export)
+    path = version_folder(publisher.root, 1)
     verify(path)
     assert sorted(p.name for p in path.iterdir()) == ["config.json", "manifest.json", "model.safetensors", "tokenizer.json"]
     assert all(torch.equal(load_file(path / "model.safetensors")[n], t) for n, t in TENSORS.items())
@@ -52,10 +55,10 @@ def test_a_published_version_is_a_whole_model_folder_and_current(redis_client: r
 
 
 def test_large_models_are_written_in_shards_with_an_index(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SHARD_BYTES", 20)
+    monkeypatch.setattr(hf_folder, "SHARD_BYTES", 20)
     target = tmp_path / "out"
     target.mkdir()
-    write(model)(target)
+    write_hf_folder(target, model, export(), "float32")
     assert {p.name for p in target.glob("*.safetensors*")} == {
         "model-00001.safetensors",
         "model-00002.safetensors",
@@ -67,7 +70,7 @@ def test_current_waits_for_every_live_engine_to_verify(redis_client: redis.Redis
     publisher = make_publisher(redis_client, model, tmp_path / "w")
     board = publisher.board
     board.report(EngineReport("e1", "http://e1", "ready", version=0))
-    thread = threading.Thread(target=publisher.publish, args=(1, 0, write(model)))
+    thread = threading.Thread(target=publisher.publish, args=(1, 0, export))
     thread.start()
     time.sleep(1)
     assert board.staged().version == 1 and board.current() is None
@@ -79,21 +82,13 @@ def test_current_waits_for_every_live_engine_to_verify(redis_client: redis.Redis
 def test_a_laggard_does_not_hold_up_the_run_beyond_the_grace(redis_client: redis.Redis, model: Path, tmp_path: Path) -> None:
     publisher = make_publisher(redis_client, model, tmp_path / "w", grace_s=0.5)
     publisher.board.report(EngineReport("slow", "http://e", "ready", version=0))
-    publisher.publish(1, 0, write(model))
+    publisher.publish(1, 0, export)
     assert publisher.board.current().version == 1
-
-
-def test_a_version_that_an_engine_reads_is_not_deleted(redis_client: redis.Redis, model: Path, tmp_path: Path) -> None:
-    publisher = make_publisher(redis_client, model, tmp_path / "w", grace_s=0.1)
-    publisher.board.report(EngineReport("e", "http://e", "ready", version=1, staged=99, reading=[2]))
-    for version in range(1, 6):
-        publisher.publish(version, version - 1, write(model))
-    assert published_versions(publisher.root) == [1, 2, 4, 5]
 
 
 def test_version_numbers_only_rise_even_past_a_lost_checkpoint(redis_client: redis.Redis, model: Path, tmp_path: Path) -> None:
     publisher = make_publisher(redis_client, model, tmp_path / "w")
-    publisher.publish(7, 6, write(model))
+    publisher.publish(7, 6, export)
     redis_client.flushall()
     assert publisher.next_version() == 8
     shutil.rmtree(publisher.root)
@@ -121,7 +116,8 @@ def test_a_full_disk_is_waited_for_and_the_version_goes_out_when_there_is_room(
     (model / "tokenizer.json").write_text("x" * 30_000)
     publisher = make_publisher(redis_client, model, small_disk)
     threading.Timer(0.8, ballast.unlink).start()
-    path = publisher.publish(1, 0, write(model))
+    publisher.publish(1, 0, export)
+    path = version_folder(publisher.root, 1)
     verify(path)
     assert "nothing was published" in caplog.text or "free some space" in caplog.text
 
@@ -133,5 +129,5 @@ def test_a_disk_that_stays_full_is_one_clear_error_and_leaves_nothing(
     (model / "tokenizer.json").write_text("x" * 90_000)
     publisher = make_publisher(redis_client, model, small_disk)
     with pytest.raises(NoSpace, match="filled up while version 1 was written"):
-        publisher.publish(1, 0, write(model))
+        publisher.publish(1, 0, export)
     assert list(publisher.root.iterdir()) == [] and publisher.board.current() is None

@@ -97,6 +97,8 @@ def _contradictions(config: Config) -> list[str]:
             f"rollout.top_p {rollout.top_p} draws from less than the distribution that log-probs are of, on both sides, so the "
             "ratio to the engine would be wrong: set it to 1, and a lower rollout.temperature for cooler samples"
         )
+    if config.weights.transport == "collective" and trainer.device != rollout.engine.device:
+        found.append('weights.transport = "collective" needs trainer.device and rollout.engine.device alike: or take "volume"')
     objective = trainer.objective
     if objective.overlong_tokens and objective.overlong_tokens - objective.overlong_buffer >= rollout.max_response_tokens:
         found.append("trainer.objective.overlong_tokens is out of reach under rollout.max_response_tokens: lower it")

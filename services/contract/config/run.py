@@ -39,12 +39,25 @@ class ModelConfig(Section):
 class WeightsConfig(Section):
     directory: Path = Path("var/weights")
     """The shared volume: policy versions are published under `<directory>/<run>/v000123`."""
-    transport: Literal["volume"] = "volume"
+    transport: Literal["volume", "collective"] = "volume"
+    """How a version gets into the engines: they load it from the volume, or the trainer pushes it into all of them at once over
+    NCCL (gloo between CPUs) and writes it to the volume afterwards."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     keep_last: Annotated[int, Field(ge=2)] = 2
     """Versions kept besides those an engine still reads."""
     staging_grace_s: Seconds = 60
     """How long the trainer waits for every live engine to verify a version before it goes current anyway."""
+    volume_every: Positive = 1
+    """Every so many pushed versions one is written to the volume too. Others are written only for a checkpoint, or when an engine
+    that was not there for the push needs one."""
+    bucket_bytes: Annotated[int, Field(ge=1 << 16)] = 256 << 20
+    """Bytes that travel in one piece of a push; an engine needs so much memory besides its weights."""
+    push_timeout_s: Seconds = 60
+    """How long each part of a push (joining the group, pausing the engines, a bucket) may take; then the volume is used instead."""
+    push_lease_s: Seconds = 5
+    """A trainer that was silent for so long in the middle of a push is taken for dead: its engines go back to the volume."""
+    push_address: str | None = None
+    """Under which the engines reach the trainer's lead. None: the address that its own host name stands for."""
 
 
 class RedisConfig(Section):
