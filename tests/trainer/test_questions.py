@@ -22,6 +22,7 @@ def questions(sizes: dict[str, int]) -> list[Question]:
     return [Question(str(number), source, "?", ["x"]) for source, size in sizes.items() for number in range(size)]
 
 
+@settings(deadline=None)
 @given(SIZES, st.integers(0, 9), st.integers(1, 4))
 def test_without_weights_every_question_comes_once_an_epoch(sizes: dict[str, int], seed: int, epochs: int) -> None:
     rows = questions(sizes)
@@ -31,7 +32,7 @@ def test_without_weights_every_question_comes_once_an_epoch(sizes: dict[str, int
         assert sorted(asked) == sorted(question.example_id for question in rows)
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(SIZES, st.data(), st.integers(0, 9))
 def test_with_weights_every_source_goes_through_its_own_epochs(sizes: dict[str, int], data: st.DataObject, seed: int) -> None:
     mix = {source: data.draw(WEIGHTS) for source in sizes}
@@ -45,6 +46,7 @@ def test_with_weights_every_source_goes_through_its_own_epochs(sizes: dict[str, 
             assert sorted(asked[source][start : start + size]) == sorted(map(str, range(size)))
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(min_size=1), WEIGHTS, min_size=1, max_size=20))
 def test_a_cycle_has_each_source_as_its_weight_says(mix: dict[str, float]) -> None:
     places, total = cycle_places(mix), sum(mix.values())
