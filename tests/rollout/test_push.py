@@ -20,6 +20,7 @@ from services.contract import weights
 from services.contract.policy import PolicyVersion
 from services.contract.push import PushBoard
 from services.rollout import receiver
+from services.rollout.generation import Generation
 from services.rollout.own_engine import OwnEngine
 from services.trainer.collective import EngineGroup
 from tests.factories import make_sampling
@@ -82,10 +83,19 @@ async def test_a_push_brings_both_engines_the_policy_that_the_volume_would(
 async def test_running_turns_go_on_with_the_pushed_policy_and_none_of_the_olds_kv(
     fleet: Fleet, pair: tuple[Minded, Minded], variants: list[Path]
 ) -> None:
-    turns = [asyncio.create_task(m.engine.generate(PROMPT, make_sampling(temperature=5.0), 400)) for m in pair * 4]
+    over = asyncio.Event()
+
+    async def play(minded: Minded) -> list[Generation]:
+        turns = []
+        while not over.is_set():
+            turns.append(await minded.engine.generate(PROMPT, make_sampling(temperature=5.0), 400))
+        return turns
+
+    playing = [asyncio.create_task(play(minded)) for minded in pair * 4]
     await asyncio.sleep(0.3)
     await fleet.publish(1, variants[1])
-    split = [turn for turn in await asyncio.gather(*turns) if len(turn.versions) == 2]
+    over.set()
+    split = [turn for turns in await asyncio.gather(*playing) for turn in turns if len(turn.versions) == 2]
     assert split
     for turn in split:
         new = turn.versions[1]

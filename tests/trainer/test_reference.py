@@ -49,7 +49,10 @@ def test_a_refreshed_one_that_is_gone_is_no_reason_to_take_another(tmp_path: Pat
 
 
 def test_an_altered_one_is_refused(tmp_path: Path) -> None:
-    version = publish(tmp_path / "weights", 1, 0, lambda folder: (folder / "model.safetensors").write_text("weights"))
+    def write(folder: Path) -> None:
+        (folder / "model.safetensors").write_text("weights")
+
+    version = publish(tmp_path / "weights", 1, 0, write)
     copy_durably(version, reference_folder(tmp_path, 0))
     assert kept_reference(tmp_path, 0, None) == tmp_path / "reference"
     (tmp_path / "reference" / "model.safetensors").write_text("weightz")
