@@ -17,7 +17,7 @@ cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 indexes = typer.Typer(no_args_is_help=True, help="Build the index, check it, or adopt a published one.")
 cli.add_typer(indexes, name="index")
 
-ConfigPath = Annotated[Path | None, typer.Option("--config", envvar="FORAGE_CONFIG", help="TOML file of the run.")]
+ConfigPath = Annotated[Path | None, typer.Option("--config", "-c", envvar="FORAGE_CONFIG", help="TOML file of the run.")]
 
 
 @indexes.command()
