@@ -18,7 +18,8 @@ from pydantic.fields import FieldInfo
 
 from services.contract.config import Config
 from services.contract.config.base import Section
-from tests.suite.doc_commands import OWN, complaint, routes
+from tests.suite.doc_addresses import routes
+from tests.suite.doc_commands import OWN, complaint
 from tests.suite.doc_pages import Page
 
 FOLDERS = ("services", "tests", "docs", "configs", "benchmarks", "docker", "scripts")
@@ -118,7 +119,7 @@ def _any_takes(fields: list[FieldInfo], value: str) -> bool:
 
 def _takes(field: FieldInfo, value: object) -> bool:
     try:
-        create_model("OneKey", key=(field.annotation, field)).model_validate({"key": value})
+        create_model("OneKey", key=(field.annotation or Any, field)).model_validate({"key": value})
     except ValidationError:
         return False
     return True

@@ -17,11 +17,11 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import typer
 import yaml
-from pydantic import ValidationError
+
+from tests.suite.doc_addresses import curl_problem
 
 COMPOSE_FILE = "docker-compose.yml"
 COMPOSE: dict[str, set[str]] = {
@@ -258,41 +258,8 @@ def torchrun(words: list[str]) -> None:
 
 
 def curl(words: list[str]) -> None:
-    """Address and body against what compose publishes and the retriever takes."""
-    url = next((word for word in words if word.startswith("localhost:")), None)
-    if url is None:
-        raise Wrong("no address on localhost")
-    address = urlsplit(f"http://{url}")
-    if address.port != 8000:
-        raise Wrong(f"the retriever is on port 8000, not {address.port}")
-    if (address.path not in {path for _, path in routes()}) or ("-d" in words and ("POST", address.path) not in routes()):
-        raise Wrong(f"the retriever has no {address.path} of that kind")
-    if "-d" in words:
-        check_body(words[words.index("-d") + 1])
-
-
-def check_body(body: str) -> None:
-    from services.contract.config import RetrieverConfig
-    from services.retriever.requests import request_model
-
-    model = request_model(RetrieverConfig())
-    try:
-        model.model_validate_json(body)
-    except ValidationError as error:
-        raise Wrong(f"the retriever refuses the body: {error}") from None
-    if unknown := set(json.loads(body)) - set(model.model_fields):
-        raise Wrong(f"the retriever ignores {', '.join(unknown)}")
-
-
-@cache
-def routes() -> set[tuple[str, str]]:
-    """(method, path) of the retriever's own description."""
-    from services.contract.config import Config
-    from services.retriever.app import create_app
-    from services.retriever.loading import loaders
-
-    paths = create_app(Config().retriever, loaders(Config(), "")).openapi()["paths"]  # what it loads, it loads when it starts
-    return {(method.upper(), path) for path, methods in paths.items() for method in methods}
+    if problem := curl_problem(words):
+        raise Wrong(problem)
 
 
 def pip(words: list[str]) -> None:
