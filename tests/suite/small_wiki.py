@@ -131,22 +131,10 @@ def flat_index(encoder: Path) -> bytes:
 def make_policy(folder: Path) -> dict[str, bytes]:
     torch.manual_seed(0)
     tokenizer = _chat_tokenizer()
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 1024, "vocab_size": len(tokenizer), "tie_word_embeddings": True}
     end: Any = tokenizer.eos_token_id
-    config = Qwen2Config(
-        **sizes,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=end,
-        eos_token_id=end,
-    )
+    config = Qwen2Config(**sizes, bos_token_id=end, eos_token_id=end)
     model: Any = Qwen2ForCausalLM(config)
     _teach(model, tokenizer)
     model.save_pretrained(folder, max_shard_size="300KB")

@@ -1,9 +1,9 @@
 """The reference recipe from an empty folder to an exported model, by the commands of docs/recipe.md, word for word.
 
-They are typed in a copy of this tree that has neither data nor runs, with what the page exports for a CPU, and with the repositories
-of `small_wiki` on a hub of their own. Two things are not the page's: sizes are those of a miniature, and three names get `@main`,
-since the catalogue knows the digests of the real files. Left out of a stranger's path are the installation, for which `FORAGE_VENV`
-names the interpreter of these tests, and BM25.
+They are typed in a copy of this tree that has neither data nor runs, with what the page exports for a CPU, and with the
+repositories of `small_wiki` on a hub of their own. Two things are not the page's: sizes are those of a miniature, and three names
+get `@main`, since the catalogue knows the digests of the real files. Left out of a stranger's path are the installation, for which
+`FORAGE_VENV` names the interpreter of these tests, and BM25.
 """
 
 from __future__ import annotations
