@@ -3,6 +3,7 @@ one; `serve` answers from it."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -78,6 +79,9 @@ def serve(
     settings = load_config(config)
     changes = {name: value for name, value in {"host": host, "port": port}.items() if value is not None}
     run_server(settings.retriever.model_copy(update=changes), loaders(settings, rebuild_command(config)))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # all is closed; an ordinary exit would have triton's bindings print a page of what they leaked
 
 
 def rebuild_command(config: Path | None) -> str:

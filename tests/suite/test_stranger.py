@@ -192,6 +192,10 @@ def test_only_the_first_prepare_asks_the_hub(stranger: Stranger) -> None:
     assert stranger.requests["prepare"] == stranger.requests["export"] == len(stranger.hub.seen) > 0
 
 
+def test_the_last_words_of_a_run_are_its_own(stranger: Stranger) -> None:
+    assert "leaked" not in stranger.told["up"] + stranger.told["eval"], "bindings of libraries count what they leak at an exit"
+
+
 def test_nothing_is_left_running(stranger: Stranger) -> None:
     left = [p for p in psutil.process_iter(["cmdline"]) if str(stranger.home) in " ".join(p.info["cmdline"] or [])]
     assert left == []
