@@ -50,13 +50,13 @@ def _link_problem(page: Page, link: str) -> str | None:
 
 
 def missing_files(page: Page) -> list[str]:
-    """Of files of this project that stand in back-ticks; `*` and `…` stand for anything."""
+    """Files and folders of this project in back-ticks that are not there; `*` stands for anything."""
     paths = [span for span in page.spans if re.fullmatch(rf"({'|'.join(FOLDERS)})/[\w./*-]+", span) and span not in OWN]
     return [f"{path}: there is no such file" for path in paths if not any(Path().glob(path.rstrip("/")))]
 
 
 def broken_commands(page: Page) -> list[str]:
-    lines = [line for span in page.spans if (line := span).startswith(STARTS) or re.match(r"FORAGE_\w+=\S+ ", span)]
+    lines = [span for span in page.spans if span.startswith(STARTS) or re.match(r"FORAGE_\w+=\S+ ", span)]
     for block in page.blocks("bash"):
         lines += list(_lines(block))
     told = (complaint(re.sub(r"^… ", "docker compose run --rm ", line)) for line in lines)
@@ -84,25 +84,25 @@ def unknown_keys(page: Page) -> list[str]:
 
 def _span_problem(span: str) -> str | None:
     parts = KEY.fullmatch(span)
-    if parts is None or not (parts["name"] or parts["section"]):
+    path = _path(parts) if parts else None
+    if parts is None or path is None:
         return None
-    section, name, value = parts["section"], parts["name"], parts["value"]
-    if section is not None:
-        if section in NO_SECTION or name is not None and section not in _sections():
-            return None if section in NO_SECTION else f"{span}: no section {section}"
-        fields = _fields(f"{section}.{name}" if name else section)
-    elif "." in name:
-        first, last = name.partition(".")[0], name.rpartition(".")[2]
-        if first not in _sections() or last in FILE_ENDINGS and not _fields(name):
-            return None
-        fields = _fields(name)
-    elif value is None:
-        return None  # one word alone may be anything
-    else:
-        fields = _by_name().get(name, [])
-    if not fields:
-        return f"{span}: no such key" if section or "." in (name or "") or _is_toml(value) else None
-    return None if value is None or not _is_toml(value) or _any_takes(fields, value) else f"{span}: no such value"
+    fields, value = _fields(path), parts["value"]
+    if not fields:  # of `name = value` without a section, only what could stand in a file is a claim: not `fed = waiting + leased`
+        return f"{span}: no such key" if parts["section"] or "." in path or _is_toml(value) else None
+    return f"{span}: no such value" if _is_toml(value) and not _any_takes(fields, value) else None
+
+
+def _path(parts: re.Match[str]) -> str | None:
+    """The key that a span speaks of; None where it speaks of something else."""
+    section, name = parts["section"], parts["name"]
+    if section:
+        return None if section in NO_SECTION else ".".join(filter(None, (section, name)))
+    if not name or "." not in name:
+        return name if parts["value"] else None  # one word alone may be anything
+    first, last = name.partition(".")[0], name.rpartition(".")[2]
+    is_file = last in FILE_ENDINGS and not _fields(name)
+    return name if first in _sections() and not is_file else None
 
 
 def _is_toml(value: str | None) -> bool:
@@ -160,15 +160,6 @@ def _every_key() -> dict[str, FieldInfo]:
 
 
 @cache
-def _by_name() -> dict[str, list[FieldInfo]]:
-    """By a key's last part."""
-    found: dict[str, list[FieldInfo]] = {}
-    for path, field in _every_key().items():
-        found.setdefault(path.rpartition(".")[2], []).append(field)
-    return found
-
-
-@cache
 def _sections() -> set[str]:
     """Whole names, and the last parts of nested ones (`objective` for `trainer.objective`)."""
     whole = {path for path, field in _every_key().items() if _section_in(field.annotation)}
@@ -176,7 +167,7 @@ def _sections() -> set[str]:
 
 
 def _fields(path: str) -> list[FieldInfo]:
-    """The keys that this may name: in full, without the outermost section, or a property that code and docs speak of."""
+    """The keys that this may name: in full, or without the outer sections (`objective.advantage`, `advantage`)."""
     return [field for known, field in _every_key().items() if known == path or known.endswith(f".{path}")]
 
 
