@@ -3,6 +3,7 @@ one; `serve` answers from it."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +18,7 @@ cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 indexes = typer.Typer(no_args_is_help=True, help="Build the index, check it, or adopt a published one.")
 cli.add_typer(indexes, name="index")
 
-ConfigPath = Annotated[Path | None, typer.Option("--config", envvar="FORAGE_CONFIG", help="TOML file of the run.")]
+ConfigPath = Annotated[Path | None, typer.Option("--config", "-c", envvar="FORAGE_CONFIG", help="TOML file of the run.")]
 
 
 @indexes.command()
@@ -78,6 +79,9 @@ def serve(
     settings = load_config(config)
     changes = {name: value for name, value in {"host": host, "port": port}.items() if value is not None}
     run_server(settings.retriever.model_copy(update=changes), loaders(settings, rebuild_command(config)))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # all is closed; an ordinary exit would have triton's bindings print a page of what they leaked
 
 
 def rebuild_command(config: Path | None) -> str:
