@@ -19,7 +19,7 @@ from services.trainer.batch import Batches
 from services.trainer.collect import Collector
 from services.trainer.ledger import Ledger
 from services.trainer.questions import TrainingOrder
-from services.trainer.staleness import staleness_figures
+from services.trainer.staleness import staleness_metrics
 from tests.rollout.tiny_model import QUESTION, TURNS
 
 GROUPS, SAMPLES = 8, 8
@@ -56,8 +56,8 @@ def learn(
         groups = batches.next_batch()
         idle += time.perf_counter() - waiting
         time.sleep(train_s)
-        figures = staleness_figures(groups, batches.ledger, staleness)
-        assert figures["staleness_over"] == 0, f"a group was above the bound of {staleness}: {figures}"
+        figures = staleness_metrics(groups, batches.ledger, staleness)
+        assert figures["staleness/over"] == 0, f"a group was above the bound of {staleness}: {figures}"
         batches.consume(groups)
         batches.ledger.unpublished = True
         batches.ledger.publish(batches.ledger.version + 1, policies_kept=staleness + 1)
