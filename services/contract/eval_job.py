@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +11,7 @@ import msgspec
 from services.contract.scores import Scores
 
 Mode = Literal["search", "rag", "direct"]
-MODES: tuple[Mode, ...] = ("search", "rag", "direct")
+MODES: tuple[Mode, ...] = ("direct", "rag", "search")
 ANSWERS, JOB, RESULTS, TABLE = "answers.jsonl", "job.json", "results.json", "results.md"
 
 
@@ -51,6 +52,14 @@ class EvalResult(msgspec.Struct, frozen=True):
     """Policy versions that answered."""
 
 
+def unknown_sources(wanted: Iterable[str], present: Iterable[str]) -> str | None:
+    """What is wrong with choosing these kinds of questions out of those that are there; None if nothing."""
+    there = set(present)
+    if missing := sorted(set(wanted) - there):
+        return f"no question is of the kind {', '.join(missing)}; these files have {', '.join(sorted(there)) or 'none'}"
+    return None
+
+
 def read_job(folder: Path) -> EvalJob | None:
     """None where there is none or another version of forage wrote it."""
     try:
@@ -64,3 +73,10 @@ def read_result(folder: Path) -> EvalResult | None:
         return msgspec.json.decode((folder / RESULTS).read_bytes(), type=EvalResult)
     except (OSError, msgspec.DecodeError):
         return None
+
+
+def evaluations_in(folder: Path) -> list[Path]:
+    """The folder itself if it is an evaluation; else those in it, one a mode, that `forage eval` makes of several modes."""
+    if (folder / JOB).exists():
+        return [folder]
+    return [folder / mode for mode in MODES if (folder / mode / JOB).exists()]

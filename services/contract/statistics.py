@@ -38,6 +38,17 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]
     return means[round(0.025 * (RESAMPLES - 1))], means[round(0.975 * (RESAMPLES - 1))]
 
 
+def mean_of_independent(parts: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+    """95 % interval of the mean of independent estimates, each (estimate, low, high): MOVER (Zou and Donner 2008), whose two sides
+    are as uneven as those of the parts, and which stays inside [0, 1] where they do. Of none: (0, 0)."""
+    if not parts:
+        return 0.0, 0.0
+    mean = fmean(estimate for estimate, _, _ in parts)
+    below = math.sqrt(math.fsum((estimate - low) ** 2 for estimate, low, _ in parts)) / len(parts)
+    above = math.sqrt(math.fsum((high - estimate) ** 2 for estimate, _, high in parts)) / len(parts)
+    return mean - below, mean + above
+
+
 def pass_at_k(samples: int, right: int, k: int) -> float:
     """Chance that at least one of k samples is right, estimated without bias from `right` of `samples` (Chen et al. 2021,
     arXiv 2107.03374). Raises ValueError unless 1 <= k <= samples."""

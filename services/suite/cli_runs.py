@@ -1,4 +1,4 @@
-"""`forage runs list` and `forage runs compare`."""
+"""`forage runs list`, `forage runs compare` and `forage runs table`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 from services.contract.config import load_config
 from services.contract.telemetry import format_seconds
-from services.suite.options import DEFAULT_CONFIG, ConfigOption, mistakes_told
+from services.suite.options import DEFAULT_CONFIG, PUBLISHED_HELP, ConfigOption, mistakes_told
 
 app = typer.Typer(help="Runs that were made, and how two differ.", no_args_is_help=True)
 
@@ -60,3 +60,20 @@ def compare(
             print(visible(comparison(*sides)))
         if plot:
             draw(*sides, plot)
+
+
+@app.command()
+def table(
+    evaluations: Annotated[list[str], typer.Argument(metavar="[NAME=]FOLDER", help="Folders of `forage eval`, a row each.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Write table.md, table.json and table.png into this folder.")] = None,
+    published: Annotated[str, typer.Option("--published", help=PUBLISHED_HELP)] = "",
+) -> None:
+    """Evaluations in one table, as papers print them: a row for each, a column for each set, published rows below."""
+    from services.suite.published import published_rows
+    from services.suite.score_table import as_markdown, make_table, read_evaluations, write_table
+
+    with mistakes_told():
+        made = make_table(read_evaluations(evaluations), published_rows(published))
+    print(as_markdown(made))
+    if out:
+        print("\n" + "\n".join(f"wrote {path}" for path in write_table(made, out)))

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from services.contract.config import ConfigError
-from services.contract.eval_job import ANSWERS, read_job, read_result
+from services.contract.eval_job import ANSWERS, evaluations_in, read_job, read_result
 from services.contract.scores import Answer, figures_of, read_answers
 from services.contract.statistics import bootstrap_p, mcnemar, mean_interval
 from services.suite.run_models import find_run
@@ -73,6 +73,8 @@ def read_side(name: str, directory: Path) -> Side:
         if result is None:
             told += ", unfinished"
         return Side(name, _by_question(folder / ANSWERS), job is None or job.mode == "search", [], told)
+    if several := evaluations_in(folder):
+        raise ConfigError(f"{name} holds several evaluations: name one of {', '.join(map(str, several))}")
     run = find_run(name, directory)
     rows = _journal(run)
     last = next((row for row in reversed(rows) if row["kind"] == "evaluation"), None)
@@ -143,6 +145,7 @@ def _last_mean(steps: list[dict[str, Any]], figure: str) -> str:
 
 def markdown(rows: list[list[str]]) -> str:
     """A table that can be read in a terminal too; the first row is its head."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])

@@ -18,6 +18,7 @@ SHARED_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",  # trainer and engine take turns on the same cores: waiting threads must sleep, not spin
 }
 
+PUBLISHED_HELP = 'Published rows beside yours: those with these words in their name, such as "3b grpo"; "none" leaves them out.'
 ConfigOption = Annotated[str, typer.Option("--config", "-c", envvar="FORAGE_CONFIG", help="A TOML file.")]
 
 

@@ -47,7 +47,7 @@ def make_plan(config: Config, config_path: str, folder: Path, redis_port: int, r
 
 
 def make_eval_plan(
-    config: Config, config_path: str, folder: Path, redis_port: int, rollouts: int, job: Path, own_retriever: bool
+    config: Config, config_path: str, folder: Path, redis_port: int, rollouts: int, jobs: list[Path], own_retriever: bool
 ) -> list[Service]:
     """As `make_plan`, with the evaluator in the trainer's place; without a retriever where none is needed or one runs already."""
     services = [_redis(folder / "redis", redis_port)]
@@ -55,8 +55,8 @@ def make_eval_plan(
         services += _searching(config, config_path, folder)
     waits = ("redis", *(["retriever"] if own_retriever else []))
     services += _playing(config, config_path, folder, rollouts, after=waits)
-    evaluator = _python("evaluator", ("trainer.eval_main", "--job", str(job)), config_path, folder, after=waits, final=True)
-    return [*services, evaluator]
+    arguments = ("trainer.eval_main", *(word for job in jobs for word in ("--job", str(job))))
+    return [*services, _python("evaluator", arguments, config_path, folder, after=waits, final=True)]
 
 
 def answers(url: str) -> bool:

@@ -1,5 +1,7 @@
 """`python -m services.trainer.eval_main --config FILE --job FOLDER`: one model's scores on question files, without training.
 
+`--job` may be given again: the folders' jobs are played one after another with the same engines, as the modes of one model are.
+
 It plays the trainer's part on the streams: feeds questions, collects graded answers, scores them. `forage eval` starts it with the
 services that it needs; with `--running` it uses those that already run, whose policy it scores as it is.
 
@@ -13,12 +15,13 @@ import argparse
 import signal
 import sys
 import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 
 from services.contract.config import Config, ConfigError, load_config
-from services.contract.eval_job import ANSWERS, RESULTS, TABLE, EvalJob, EvalResult, read_job
+from services.contract.eval_job import ANSWERS, RESULTS, TABLE, EvalJob, EvalResult, read_job, unknown_sources
 from services.contract.groups import TRAINER, TRAINER_GROUP, GroupStore
 from services.contract.messages import PromptGroup, Question
 from services.contract.policy import PolicyBoard, PolicyVersion
@@ -27,7 +30,7 @@ from services.contract.store import RedisAway, connect
 from services.contract.telemetry import Heartbeat, Progress, configure_logging
 from services.trainer.answer_book import AnswerBook
 from services.trainer.collect import Collector, CollectTimeout
-from services.trainer.eval_modes import RetrieverAway, make_eval_group, question_group_id, with_passages
+from services.trainer.eval_modes import RetrieverAway, make_eval_group, with_passages
 from services.trainer.evaluate import gather
 from services.trainer.questions import read_questions, stratified
 from services.trainer.ranks import StopRequested
@@ -43,11 +46,12 @@ def main() -> None:
     logger = configure_logging("eval")
     parser = argparse.ArgumentParser(prog="python -m services.trainer.eval_main", description="Scores one model.")
     parser.add_argument("--config", required=True, help="a TOML file")
-    parser.add_argument("--job", required=True, type=Path, help="a folder with job.json")
+    parser.add_argument("--job", required=True, type=Path, action="append", help="a folder with job.json; may be given again")
     parser.add_argument("--running", action="store_true", help="use the policy that a running suite serves")
     arguments = parser.parse_args()
     try:
-        print(f"\n{run(load_config(arguments.config), arguments.job, arguments.running)}", flush=True)
+        for table in run(load_config(arguments.config), arguments.job, arguments.running):
+            print(f"\n{table}", flush=True)
     except ConfigError as error:
         logger.error("%s", error)
         sys.exit(2)
@@ -58,30 +62,38 @@ def main() -> None:
         sys.exit(1)
 
 
-def run(config: Config, folder: Path, running: bool) -> str:
-    """Ask what is missing, write the scores; returns their table. Raises ConfigError, StopRequested, CollectTimeout."""
-    if (job := read_job(folder)) is None:
-        raise ConfigError(f"{folder} has no job.json that can be read: `forage eval` writes it")
-    questions = choose(config, job)
+def run(config: Config, folders: Sequence[Path], running: bool) -> Iterator[str]:
+    """Of each folder's job ask what is missing, write the scores; yields their tables.
+
+    Raises ConfigError, before anything is asked where it can be told by then, StopRequested, CollectTimeout, RetrieverAway.
+    """
+    jobs = [(folder, _job(folder)) for folder in folders]
+    asked = [(folder, job, choose(config, job)) for folder, job in jobs]
     client = connect(config.redis)
     store, board = GroupStore(client, config.run.name), PolicyBoard(client, config.run.name)
     version = _running_version(config, store, board) if running else _announce(config, board)
-    groups = {question_group_id(q): make_eval_group(config, q, job, version) for q in questions}
-    book = AnswerBook(folder / ANSWERS, groups, keep_others=True)
     collector = Collector(store, config.trainer.collect_timeout_s, _stop_check())
-    with Progress(f"evaluating ({job.mode})", len(groups), "questions") as bar:
-        bar.advance(len(book.answers))
-        gather(store, collector, book, bar, window=WINDOW, ready=_ready(config, job))
-    return write_results(folder, job, book)
+    for folder, job, questions in asked:
+        groups = [make_eval_group(config, question, job, version) for question in questions]
+        book = AnswerBook(folder / ANSWERS, {group.group_id: group for group in groups}, keep_others=True)
+        with Progress(f"evaluating ({job.mode})", len(groups), "questions") as bar:
+            bar.advance(len(book.answers))
+            gather(store, collector, book, bar, window=WINDOW, ready=_ready(config, job))
+        yield write_results(folder, job, book)
+
+
+def _job(folder: Path) -> EvalJob:
+    if (job := read_job(folder)) is None:
+        raise ConfigError(f"{folder} has no job.json that can be read: `forage eval` writes it")
+    return job
 
 
 def choose(config: Config, job: EvalJob) -> list[Question]:
     """The questions that the job asks for. Raises ConfigError when there are none, or two under one name."""
     files = [Path(name) for name in job.questions] or [config.data.eval_path]
     every = [question for path in files for question in read_questions(path)]
-    if unknown := set(job.sources) - {question.source for question in every}:
-        known = ", ".join(sorted({question.source for question in every}))
-        raise ConfigError(f"no question is of the kind {', '.join(sorted(unknown))}; these files have {known}")
+    if problem := unknown_sources(job.sources, {question.source for question in every}):
+        raise ConfigError(problem)
     wanted = [question for question in every if not job.sources or question.source in job.sources]
     named: dict[str, Question] = {}
     for question in wanted:

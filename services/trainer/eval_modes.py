@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from services.contract.config import Config
-from services.contract.eval_job import EvalJob
+from services.contract.eval_job import EvalJob, Mode
 from services.contract.messages import PromptGroup, Question
 from services.contract.transcript import build_prompt, passages_text
 from services.trainer.questions import make_group
@@ -43,14 +43,18 @@ class RetrieverAway(Exception):
     """The retriever did not answer. The message has its address and the mend."""
 
 
-def question_group_id(question: Question) -> str:
-    """The same question has the same group in every evaluation, whatever is asked beside it."""
-    return "q-" + hashlib.sha256(f"{question.example_id}\0{question.question}".encode()).hexdigest()[:20]
+def question_group_id(question: Question, mode: Mode) -> str:
+    """The same question has the same group in every evaluation of a mode, whatever is asked beside it.
+
+    Of two modes it has two: in one suite's Redis the answers of one, left there by a stop, must not pass for the other's.
+    """
+    told = f"{question.example_id}\0{question.question}" + ("" if mode == "search" else f"\0{mode}")
+    return "q-" + hashlib.sha256(told.encode()).hexdigest()[:20]
 
 
 def make_eval_group(config: Config, question: Question, job: EvalJob, version: int) -> PromptGroup:
     """A group that is ready to be fed, but for the passages of mode rag (`with_passages`)."""
-    group = make_group(config, question_group_id(question), question, version, evaluate=True)
+    group = make_group(config, question_group_id(question, job.mode), question, version, evaluate=True)
     sampling = msgspec.structs.replace(group.sampling, temperature=job.temperature)
     group = msgspec.structs.replace(group, samples=job.samples, sampling=sampling)
     if job.mode == "search":

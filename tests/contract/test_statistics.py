@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.contract.statistics import bootstrap_p, ks_of, mcnemar, mean_interval, pass_at_k, wilson
+from services.contract.statistics import bootstrap_p, ks_of, mcnemar, mean_interval, mean_of_independent, pass_at_k, wilson
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,22 @@ def test_wilsons_interval_is_the_known_one(successes: int, trials: int, low: flo
 
 def test_of_no_trials_nothing_is_known() -> None:
     assert wilson(0, 0) == (0.0, 1.0) and mean_interval([]) == (0.0, 0.0)
+
+
+def test_the_mean_of_one_estimate_has_its_interval_and_of_several_a_narrower_one() -> None:
+    assert mean_of_independent([(0.3, 0.2, 0.45)]) == pytest.approx((0.2, 0.45))
+    assert mean_of_independent([(0.3, 0.2, 0.5)] * 4) == pytest.approx((0.25, 0.4))
+    assert mean_of_independent([]) == (0.0, 0.0)
+
+
+def test_the_interval_of_a_mean_of_shares_holds_the_true_mean_as_often_as_it_says() -> None:
+    draw, sets = random.Random(0), [(0.05, 40), (0.4, 60), (0.15, 30)]
+    held, truth = 0, fmean(share for share, _ in sets)
+    for _ in range(1000):
+        found = [(sum(draw.random() < share for _ in range(n)), n) for share, n in sets]
+        low, high = mean_of_independent([(right / n, *wilson(right, n)) for right, n in found])
+        held += low <= truth <= high
+    assert 0.93 <= held / 1000 <= 0.98
 
 
 @given(st.integers(1, 7).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))

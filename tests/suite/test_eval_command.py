@@ -11,9 +11,18 @@ import pytest
 from typer.testing import CliRunner
 
 from services.contract.config import ConfigError, save_config
-from services.contract.eval_job import EvalJob, read_job
+from services.contract.eval_job import EvalJob, evaluations_in, read_job
 from services.suite.cli import app
-from services.suite.evaluate import claim_folder, default_folder, make_supervisor, model_digest, model_folder
+from services.suite.cli_models import _modes, _several
+from services.suite.evaluate import (
+    claim_folder,
+    claim_folders,
+    default_folder,
+    make_supervisor,
+    model_digest,
+    model_folder,
+    refuse_unknown_sources,
+)
 from tests.conftest import free_port
 from tests.suite.conftest import configure
 
@@ -42,7 +51,28 @@ def test_answers_of_another_evaluation_are_never_mixed_in(tmp_path: Path, change
 
 
 def test_the_folder_is_named_after_model_mode_and_weights(tmp_path: Path) -> None:
-    assert default_folder(JOB, tmp_path / "runs") == tmp_path / "evals" / "my-model-search-abcdef"
+    assert default_folder([JOB], tmp_path / "runs") == tmp_path / "evals" / "my-model-search-abcdef"
+    assert default_folder([JOB, changed(mode="rag")], tmp_path / "runs") == tmp_path / "evals" / "my-model-abcdef"
+
+
+def test_several_modes_have_a_folder_each_and_one_is_the_folder_itself(tmp_path: Path) -> None:
+    direct, search = changed(mode="direct"), JOB
+    assert claim_folders(tmp_path / "one", [search]) == [tmp_path / "one"]
+    assert claim_folders(tmp_path / "two", [direct, search]) == [tmp_path / "two" / "direct", tmp_path / "two" / "search"]
+    assert read_job(tmp_path / "two" / "direct") == direct and evaluations_in(tmp_path / "two") == [
+        tmp_path / "two" / "direct",
+        tmp_path / "two" / "search",
+    ]
+
+
+def test_a_set_that_is_not_there_is_told_before_anything_starts(tmp_path: Path) -> None:
+    questions = tmp_path / "q.jsonl"
+    questions.write_text('{"id": "1", "source": "nq"}\n{"id": "2", "source": "popqa"}\nbroken\n')
+    config = configure(tmp_path, "redis://127.0.0.1:1/0")
+    refuse_unknown_sources(config, changed(questions=[str(questions)], sources=["nq"]))
+    with pytest.raises(ConfigError, match="no question is of the kind musique; these files have nq, popqa"):
+        refuse_unknown_sources(config, changed(questions=[str(questions)], sources=["nq", "musique"]))
+    refuse_unknown_sources(config, changed(questions=[str(tmp_path / "not-made-yet.jsonl")], sources=["musique"]))
 
 
 def write_model(folder: Path, weights: str) -> Path:
@@ -79,11 +109,11 @@ class Ready(BaseHTTPRequestHandler):
 
 
 def services_for(folder: Path, job: EvalJob, retriever_port: int) -> list[str]:
-    claim_folder(folder / "out", job)
+    folders = claim_folders(folder / "out", [job])
     (folder / "empty.toml").write_text("")
     address = {"FORAGE_RETRIEVER__PORT": str(retriever_port), "FORAGE_RETRIEVER__URL": f"http://127.0.0.1:{retriever_port}"}
     address |= {"FORAGE_DATA__DIRECTORY": str(folder / "data")}
-    supervisor = make_supervisor(str(folder / "empty.toml"), folder, folder / "out", 2, address)
+    supervisor = make_supervisor(str(folder / "empty.toml"), folder, folders, folder / "out" / "suite", 2, address)
     assert supervisor.plan[-1].final and supervisor.environment["FORAGE_MODEL__PATH"] == str(folder)
     return [service.name for service in supervisor.plan]
 
@@ -105,12 +135,19 @@ def test_it_starts_the_retriever_only_where_one_is_needed_and_none_runs(tmp_path
     assert services_for(own, changed(mode="direct", questions=[]), free_port()) == searching, "prepare makes the questions"
 
 
+def test_modes_and_sets_may_be_listed_or_repeated() -> None:
+    assert _several(["nq, popqa", "nq", "musique"]) == ["nq", "popqa", "musique"]
+    assert _modes(["search,direct"]) == _modes(["search", "direct"]) == ["direct", "search"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "name the model by --model"),
         (["--model", "x", "--running"], "name the model by --model"),
-        (["--model", "x", "--mode", "guess"], "use one of search, rag, direct"),
+        (["--model", "x", "--mode", "search,guess"], "--mode guess is unknown: use some of direct, rag, search"),
+        (["--model", "x", "--mode", ","], "--mode names none"),
+        (["--model", "x", "--published", "70b"], "no published row has that in its name; there are Search-R1 3B base, GRPO"),
         (["--model", "x", "--samples", "4", "--temperature", "0"], "set --temperature above 0"),
         (["--model", "nowhere"], "no run nowhere"),
         (["--running"], "cannot be reached"),

@@ -12,13 +12,13 @@ import pytest
 import redis
 
 from services.contract.config import Config, ConfigError
-from services.contract.eval_job import ANSWERS, JOB, EvalJob, read_result
+from services.contract.eval_job import ANSWERS, JOB, MODES, EvalJob, read_result
 from services.contract.groups import GroupStore
 from services.contract.messages import PromptGroup, Question
 from services.contract.policy import PolicyBoard, PolicyVersion
 from services.trainer import eval_modes
 from services.trainer.eval_main import choose, run
-from services.trainer.eval_modes import RetrieverAway, make_eval_group, retrieve, with_passages
+from services.trainer.eval_modes import RetrieverAway, make_eval_group, question_group_id, retrieve, with_passages
 from services.trainer.ranks import StopRequested
 from tests.factories import grade, make_trajectory
 from tests.rollout.standins import StandInRetriever
@@ -49,6 +49,11 @@ class Bench:
         self.folder.mkdir(exist_ok=True)
         (self.folder / JOB).write_bytes(msgspec.json.encode(job))
         return job
+
+    def run(self, running: bool = False) -> str:
+        """Of the one job in the bench's folder."""
+        (table,) = run(self.config, [self.folder], running)
+        return table
 
     def ids(self) -> list[str]:
         return [json.loads(line)["id"] for line in (self.folder / ANSWERS).read_text().splitlines()]
@@ -84,7 +89,7 @@ def bench(redis_url: str, redis_client: redis.Redis, tmp_path: Path) -> Iterator
 
 def test_scores_are_written_by_kind_with_their_mean_and_intervals(bench: Bench) -> None:
     bench.job()
-    table = run(bench.config, bench.folder, running=False)
+    table = bench.run()
     result = read_result(bench.folder)
     assert result and result.whole.figures["exact_match"] == 0.5 and result.whole.questions == 8
     assert result.by_source["a"].figures["exact_match"] == 1.0 and result.source_mean["exact_match"] == 0.5
@@ -95,14 +100,14 @@ def test_scores_are_written_by_kind_with_their_mean_and_intervals(bench: Bench) 
 
 def test_answers_already_had_are_kept_and_a_larger_sample_asks_only_for_the_rest(bench: Bench) -> None:
     bench.job(limit=4)
-    run(bench.config, bench.folder, running=False)
+    bench.run()
     first = bench.ids()
     bench.job(limit=0)
-    run(bench.config, bench.folder, running=False)
+    bench.run()
     assert len(first) == 4 and bench.ids()[:4] == first and len(set(bench.ids())) == 8
     assert len(bench.seen) == 8
     bench.job(limit=4)
-    run(bench.config, bench.folder, running=False)
+    bench.run()
     result = read_result(bench.folder)
     assert result and result.whole.questions == 4 and len(bench.seen) == 8
     assert len(bench.ids()) == 8, "a smaller sample throws nothing away"
@@ -110,7 +115,7 @@ def test_answers_already_had_are_kept_and_a_larger_sample_asks_only_for_the_rest
 
 def test_several_samples_give_pass_at_k(bench: Bench) -> None:
     bench.job(samples=2, temperature=0.7, sources=["a"])
-    run(bench.config, bench.folder, running=False)
+    bench.run()
     result = read_result(bench.folder)
     assert result and result.whole.figures["pass@2"] == 1.0 and result.whole.questions == 4
     assert {group.sampling.temperature for group in bench.seen} == {0.7}
@@ -118,18 +123,43 @@ def test_several_samples_give_pass_at_k(bench: Bench) -> None:
 
 def test_a_direct_answer_is_asked_for_without_a_search_and_counts_as_answered(bench: Bench) -> None:
     bench.job(mode="direct", limit=2)
-    run(bench.config, bench.folder, running=False)
+    bench.run()
     result = read_result(bench.folder)
     assert {group.sampling.max_searches for group in bench.seen} == {0}
     assert result and result.whole.figures["answered"] == 1.0 and result.whole.figures["searches"] == 0.0
 
 
+def test_several_modes_are_played_one_after_another_each_in_its_folder(bench: Bench) -> None:
+    folders = [bench.folder / "direct", bench.folder / "search"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / JOB).write_bytes(msgspec.json.encode(msgspec.structs.replace(bench.job(limit=2), mode=folder.name)))
+    tables = list(run(bench.config, folders, running=False))
+    assert ["mode direct" in tables[0], "mode search" in tables[1]] == [True, True]
+    assert [group.sampling.max_searches > 0 for group in bench.seen] == [False, False, True, True]
+    asked = [{json.loads(line)["question"] for line in (folder / ANSWERS).read_text().splitlines()} for folder in folders]
+    assert asked[0] == asked[1] and len(asked[0]) == 2
+    list(run(bench.config, folders, running=False))
+    assert len(bench.seen) == 4, "what is answered is not asked again"
+
+
+def test_nothing_is_asked_when_a_later_job_cannot_be_meant(bench: Bench) -> None:
+    bench.job()
+    with pytest.raises(ConfigError, match=r"no job\.json"):
+        list(run(bench.config, [bench.folder, bench.folder / "none"], running=False))
+    assert bench.seen == []
+
+
+def test_a_question_has_another_group_in_each_mode() -> None:
+    assert len({question_group_id(QUESTION, mode) for mode in MODES}) == len(MODES)
+
+
 def test_a_running_suite_is_scored_at_its_own_version(bench: Bench) -> None:
     bench.job(limit=2)
     with pytest.raises(ConfigError, match="serves no policy yet"):
-        run(bench.config, bench.folder, running=True)
+        bench.run(running=True)
     PolicyBoard(bench.store.client, "eval").commit(PolicyVersion(7, "somewhere"))
-    run(bench.config, bench.folder, running=True)
+    bench.run(running=True)
     assert {group.issued_version for group in bench.seen} == {7}
 
 
@@ -138,12 +168,12 @@ def test_a_suite_whose_trainer_is_at_work_is_left_alone(bench: Bench) -> None:
     PolicyBoard(bench.store.client, "eval").commit(PolicyVersion(7, "somewhere"))
     bench.store.read_graded(1, 1)  # as a trainer does all the time
     with pytest.raises(ConfigError, match="somebody else reads the answers"):
-        run(bench.config, bench.folder, running=True)
+        bench.run(running=True)
 
 
 def test_a_folder_without_a_job_is_refused(bench: Bench) -> None:
     with pytest.raises(ConfigError, match=r"no job\.json"):
-        run(bench.config, bench.folder, running=False)
+        bench.run()
 
 
 def test_questions_that_cannot_be_meant_are_refused(bench: Bench) -> None:
@@ -161,9 +191,9 @@ def test_a_stop_keeps_what_has_come(bench: Bench, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("services.trainer.eval_main._stop_check", lambda: stop_after_three)
     bench.job()
     with pytest.raises(StopRequested):
-        run(bench.config, bench.folder, running=False)
+        bench.run()
     monkeypatch.undo()
-    run(bench.config, bench.folder, running=False)
+    bench.run()
     assert len(bench.ids()) == len(set(bench.ids())) == 8
 
 
