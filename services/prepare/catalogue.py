@@ -2,7 +2,8 @@
 
 | kind      | becomes, at `<data.directory>/hub/NAME`                                    | named by                             |
 |-----------|----------------------------------------------------------------------------|--------------------------------------|
-| model     | a Hugging Face folder                                                      | model.path, retriever.encoder        |
+| model     | a Hugging Face folder                                                      | model.path, retriever.encoder,       |
+|           |                                                                            | passage_encoder, rerank.model        |
 | corpus    | one file, gzip or tar.gz as published; the retriever unpacks it beside     | data.corpus                          |
 | index     | one FAISS file, its parts joined while they are downloaded                 | data.index                           |
 | bm25      | a Lucene folder                                                            | retriever.bm25.index                 |

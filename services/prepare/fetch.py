@@ -98,6 +98,7 @@ def _places(config: Config) -> Iterator[tuple[str, Path | None, Kind]]:
     yield "model.path", config.model.path, "model"
     yield "retriever.encoder", retriever.encoder, "model"
     yield "retriever.passage_encoder", retriever.passage_encoder, "model"
+    yield "retriever.rerank.model", retriever.rerank.model, "model"
     yield "data.corpus", data.corpus, "corpus"
     yield "data.index", data.index, "index"
     yield "retriever.bm25.index", retriever.bm25.index, "bm25"

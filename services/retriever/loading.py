@@ -24,6 +24,6 @@ def loaders(config: Config, rebuild: str) -> Loaders:
     def rerank(say: Say) -> Resource:
         from services.retriever.rerank import load_reranker
 
-        return load_reranker(config.retriever, say)
+        return load_reranker(config, say)
 
     return {"dense": dense, "bm25": bm25, "rerank": rerank}

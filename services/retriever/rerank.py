@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from services.contract.config import RetrieverConfig
+from services.contract.config import Config
 from services.retriever.encoder import folder_digest
 from services.retriever.errors import RetrieverError
 from services.retriever.saying import Say
@@ -63,15 +63,16 @@ class CrossEncoder:
         return self._model(**tokens).logits[:, 0].numpy()
 
 
-def load_reranker(config: RetrieverConfig, say: Say) -> CrossEncoder:
-    folder = config.rerank.model
+def load_reranker(config: Config, say: Say) -> CrossEncoder:
+    folder, settings = config.reranker_path, config.retriever
     assert folder is not None, "loaded only where it is configured"
     if not (folder / "config.json").is_file():
         raise RetrieverError(
-            f"{folder}: no model here (config.json is missing); set retriever.rerank.model to a Hugging Face folder"
+            f"{folder}: no model here (config.json is missing); run `prepare` for a hub:NAME, "
+            "or set retriever.rerank.model to a Hugging Face folder"
         )
     say(f"loading the reranker {folder.name}")
-    model = CrossEncoder(folder, config.rerank.max_tokens, config.threads)
+    model = CrossEncoder(folder, settings.rerank.max_tokens, settings.threads)
     say("asking the canary pair")
     model.answer([model.canary()])
     return model

@@ -36,13 +36,14 @@ def test_names_lie_under_the_data_folder() -> None:
         {
             "data": {"source": "folder", "directory": "/data", "corpus": "hub:wiki-18", "index": "hub:wiki-18-e5"},
             "model": {"source": "folder", "path": "hub:Qwen/Qwen2.5-3B@main"},
-            "retriever": {"encoder": "hub:e5-base-v2"},
+            "retriever": {"encoder": "hub:e5-base-v2", "rerank": {"model": "hub:owner/reranker"}},
         }
     )
     assert config.data.corpus_path == Path("/data/hub/wiki-18")
     assert config.data.index_parts == [Path("/data/hub/wiki-18-e5")]
     assert config.model_path == Path("/data/hub/Qwen--Qwen2.5-3B@main")
     assert config.encoder_path == Path("/data/hub/e5-base-v2")
+    assert config.reranker_path == Path("/data/hub/owner--reranker")
 
 
 def test_a_folder_of_ones_own_takes_the_place_of_a_name() -> None:
@@ -69,7 +70,6 @@ def test_the_environment_can_name_a_file() -> None:
         ({"data": {"mix": {"nq": 0}}}, "data.mix gives every source the weight 0"),
         ({"data": {"mix": {"nq": -1}}}, "greater than or equal to 0"),
         ({"model": {"path": "hub:qwen2.5-3b"}}, 'model.path = "hub:NAME" needs model.source = "folder"'),
-        ({"retriever": {"rerank": {"model": "hub:x/y"}}}, "retriever.rerank.model takes no hub:NAME"),
         ({"data": {"source": "folder", "train_questions": [{"path": "a.csv", "colums": {}}]}}, "Extra inputs are not permitted"),
     ],
 )

@@ -67,6 +67,14 @@ def test_a_model_is_a_folder_without_other_formats_of_its_weights(hub: HubServer
     assert found == ["config.json", "manifest.json", "model.safetensors", "tokenizer.json"]
 
 
+def test_a_reranker_may_be_named_as_an_encoder_may(hub: HubServer, tmp_path: Path) -> None:
+    hub.add("owner/judge", {"config.json": b"{}", "model.safetensors": noise(2000), "tokenizer.json": b"{}"})
+    config = small_config(tmp_path, retriever={"encoder_family": "hashing", "rerank": {"model": "hub:owner/judge"}})
+    fetch(config, QUICK)
+    assert config.reranker_path == tmp_path / "hub" / "owner--judge"
+    assert (config.reranker_path / "model.safetensors").stat().st_size == 2000
+
+
 def test_a_repository_that_is_no_model_is_refused(hub: HubServer, tmp_path: Path) -> None:
     hub.add("owner/empty", {"config.json": b"{}"})
     with pytest.raises(PrepareError, match="hub:owner/empty: .* has no weights, no a tokenizer"):

@@ -141,7 +141,7 @@ def test_classifier_with_two_outputs_is_refused(cross_encoder: Path, tmp_path: P
 
 
 def test_missing_reranker_names_the_key(tmp_path: Path) -> None:
-    config = RetrieverConfig.model_validate({"rerank": {"model": tmp_path / "nothing"}})
+    config = Config.model_validate({"retriever": {"rerank": {"model": tmp_path / "nothing"}}})
     with pytest.raises(RetrieverError, match="retriever.rerank.model"):
         load_reranker(config, lambda text: None)
 
@@ -150,7 +150,7 @@ def test_missing_reranker_names_the_key(tmp_path: Path) -> None:
 def reranking(indexed: Config, cross_encoder: Path) -> Iterator[Running]:
     rerank = {"model": cross_encoder, "depth": 5, "always": False, "max_tokens": 128}
     config = RetrieverConfig.model_validate({**indexed.retriever.model_dump(), "rerank": rerank})
-    parts = {"dense": lambda say: load(indexed), "rerank": lambda say: load_reranker(config, say)}
+    parts = {"dense": lambda say: load(indexed), "rerank": lambda say: load_reranker(Config(retriever=config), say)}
     running = Running(config, parts).wait_ready()
     yield running
     running.stop()

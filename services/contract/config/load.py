@@ -61,6 +61,10 @@ class Config(Section):
         return self.data.local(self.retriever.encoder) or self.data.encoder_path
 
     @property
+    def reranker_path(self) -> Path | None:
+        return self.data.local(self.retriever.rerank.model)
+
+    @property
     def weights_folder(self) -> Path:
         return self.weights.directory / self.run.name
 
@@ -80,8 +84,6 @@ def _contradictions(config: Config) -> list[str]:
         found.append('model.source = "folder" needs model.path: set it to a Hugging Face folder')
     if hub_name(config.model.path) and config.model.source != "folder":
         found.append('model.path = "hub:NAME" needs model.source = "folder": set it')
-    if hub_name(config.retriever.rerank.model):
-        found.append("retriever.rerank.model takes no hub:NAME: download the model and give its folder")
     if rollout.topk > config.retriever.max_topk:
         found.append(f"rollout.topk {rollout.topk} is above retriever.max_topk {config.retriever.max_topk}: lower it")
     if rollout.max_turn_tokens > rollout.max_response_tokens:

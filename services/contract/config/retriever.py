@@ -37,7 +37,7 @@ class RerankConfig(Section):
     """A cross-encoder that orders what the first stage found."""
 
     model: Path | None = None
-    """A Hugging Face folder of a sequence classifier with one output. None loads no reranker."""
+    """A Hugging Face folder of a sequence classifier with one output, or `hub:NAME`. None loads no reranker."""
     depth: Positive = 20
     """Passages of the first stage that it sees; never fewer than topk."""
     always: bool = True
