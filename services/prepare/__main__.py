@@ -75,6 +75,20 @@ def _question_sets(files: list[Path], config: Path | None) -> list[tuple[str, li
     return [(key, locate(settings, key) or in_place[key]) for key in paths]
 
 
+@cli.command()
+def corpus(
+    files: Annotated[list[Path], typer.Argument(help="SQuAD's JSON files.")],
+    to: Annotated[Path, typer.Option("--to", help="The corpus to write, such as corpus.jsonl.")],
+) -> None:
+    """Make a corpus of the paragraphs of SQuAD's files: each once, with its article's title."""
+    from services.prepare.squad_corpus import write_squad_corpus
+
+    made = write_squad_corpus(files, to)
+    print(
+        f"{to}: {made.passages:,} passages of {made.articles:,} articles; {made.repeated:,} paragraphs came again and were left out"
+    )
+
+
 @cli.command("catalogue")
 def catalogue_() -> None:
     """What `hub:NAME` can name."""

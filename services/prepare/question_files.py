@@ -57,7 +57,7 @@ def _suffix(path: Path) -> str:
     return Path(name).suffix.lower()
 
 
-def _text(path: Path) -> io.TextIOBase:
+def open_text(path: Path) -> io.TextIOBase:
     """UTF-8, gzip or not; a byte-order mark, as spreadsheets write it, does not count."""
     with path.open("rb") as file:
         packed = file.read(2) == GZIP
@@ -66,7 +66,7 @@ def _text(path: Path) -> io.TextIOBase:
 
 def _jsonl(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, dict[str, Any] | BrokenRow]]:
     decode = msgspec.json.Decoder(dict[str, Any]).decode
-    with _text(path) as file:
+    with open_text(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -78,7 +78,7 @@ def _jsonl(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, dict[str,
 
 def _separated(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, dict[str, Any] | BrokenRow]]:
     csv.field_size_limit(1 << 30)
-    with _text(path) as file:
+    with open_text(path) as file:
         reader = csv.DictReader(file, delimiter="\t" if _suffix(path) == ".tsv" else ",", strict=True, restkey="")
         try:
             for row in reader:
@@ -108,7 +108,7 @@ def _parquet(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, dict[st
 
 
 def _json(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, dict[str, Any] | BrokenRow]]:
-    with _text(path) as file:
+    with open_text(path) as file:
         try:
             content = msgspec.json.decode(file.read())
         except msgspec.DecodeError as error:

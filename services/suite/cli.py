@@ -17,7 +17,7 @@ from services.suite.options import DEFAULT_CONFIG, SHARED_ENVIRONMENT, ConfigOpt
 
 app = typer.Typer(help="Trains language models to search.", no_args_is_help=True, add_completion=False)
 config_app = typer.Typer(help="Look at a run's configuration.", no_args_is_help=True)
-data_app = typer.Typer(help="Look at questions before training on them.", no_args_is_help=True)
+data_app = typer.Typer(help="Look at questions before training on them; make a corpus of SQuAD.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(cli_runs.app, name="runs")
@@ -85,6 +85,12 @@ def data_check(context: typer.Context) -> None:
     """`data check FILE…` or `data check --config C`: rows, sources, lengths, broken and repeated ones, overlaps."""
     os.environ.setdefault("FORAGE_CONFIG", DEFAULT_CONFIG)
     _become("services.prepare", "check", *context.args)
+
+
+@data_app.command("corpus", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def data_corpus(context: typer.Context) -> None:
+    """`data corpus FILE… --to corpus.jsonl`: the paragraphs of SQuAD's files as a corpus."""
+    _become("services.prepare", "corpus", *context.args)
 
 
 @data_app.command("catalogue")

@@ -37,7 +37,11 @@ COMPOSE: dict[str, set[str]] = {
 }
 """Of `docker compose` itself ("") and of its commands the options that the docs use; one that ends in = takes a value."""
 TYPER = ("services.retriever", "services.prepare", "services.suite")
-PASSED_ON = {("index",): ("services.retriever", "index"), ("data", "check"): ("services.prepare", "check")}
+PASSED_ON = {
+    ("index",): ("services.retriever", "index"),
+    ("data", "check"): ("services.prepare", "check"),
+    ("data", "corpus"): ("services.prepare", "corpus"),
+}
 """`forage` commands that hand their words to a service's own command."""
 OWN = {"configs/mine.toml"}
 """Configurations that the reader writes."""
