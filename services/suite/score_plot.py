@@ -39,9 +39,16 @@ def plot_table(table: ScoreTable, target: Path) -> None:
     axis.set(ylabel="exact match %", ylim=(0, None), title="bars: measured, with 95 % intervals" + _told(table))
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)
-    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=min(3, len(columns)), frameon=False)
+    _legend(axis, columns=min(3, len(columns)))
     figure.savefig(target, dpi=110, bbox_inches="tight")
     plt.close(figure)
+
+
+def _legend(axis: Any, columns: int) -> None:
+    """Below the picture, the bars first."""
+    named = sorted(zip(*axis.get_legend_handles_labels(), strict=True), key=lambda pair: hasattr(pair[0], "get_marker"))
+    handles, labels = zip(*named, strict=True)
+    axis.legend(handles, labels, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=columns, frameon=False)
 
 
 def _told(table: ScoreTable) -> str:

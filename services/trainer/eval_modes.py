@@ -6,6 +6,8 @@
 | rag    | ours, with the passages of one search for the question itself   | none                 |
 | direct | ours, the question alone                                        | none                 |
 
+Ours begins with two worked examples, the same ones always.
+
 A model that may not search plays an episode of one turn, in which only an answer counts; the rollout knows nothing of modes.
 """
 
@@ -13,9 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -23,17 +27,18 @@ import msgspec
 from services.contract.config import Config
 from services.contract.eval_job import EvalJob, Mode
 from services.contract.messages import PromptGroup, Question
-from services.contract.transcript import build_prompt, passages_text
+from services.contract.transcript import passages_text
 from services.trainer.questions import make_group
 
-DIRECT = (
-    "Answer the question at the end from what you know. You may reason first, between <think> and </think>. Then write "
-    "only the answer, as short as possible, between <answer> and </answer>.\n\nQuestion: {question}"
+ASKED: dict[Mode, str] = {
+    "direct": "Answer with a few words between <answer> and </answer>.\n\nQuestion: {question}",
+    "rag": "Answer from the passages, with a few words between <answer> and </answer>.\n\n{passages}\n\nQuestion: {question}",
+}
+EXAMPLES = (
+    ("Which planet is the largest?", '"Jupiter"\nJupiter is the largest planet of the solar system.', "Jupiter"),
+    ("Who wrote Hamlet?", '"Hamlet"\nHamlet is a tragedy that William Shakespeare wrote around 1600.', "William Shakespeare"),
 )
-RAG = (
-    "Answer the question at the end with the help of these passages. You may reason first, between <think> and </think>. "
-    "Then write only the answer, as short as possible, between <answer> and </answer>.\n\n{passages}\n\nQuestion: {question}"
-)
+"""(question, passage, answer) that stand before the question: a model that was not trained here writes the tags after them."""
 QUERIES = 32
 """In one request to the retriever."""
 ATTEMPTS, PAUSE_S, TIMEOUT_S = 5, 2.0, 120.0
@@ -60,8 +65,29 @@ def make_eval_group(config: Config, question: Question, job: EvalJob, version: i
     if job.mode == "search":
         return group
     sampling = msgspec.structs.replace(sampling, max_searches=0)
-    prompt = build_prompt(question.question, DIRECT, None, config.data.chat_template)
-    return msgspec.structs.replace(group, sampling=sampling, prompt=prompt)
+    return msgspec.structs.replace(group, sampling=sampling, prompt=baseline_prompt(config, job.mode, question.question))
+
+
+def baseline_prompt(config: Config, mode: Mode, question: str, contents: Sequence[str] = ()) -> list[dict[str, str]] | str:
+    """Of mode direct or rag: the examples, then the question, with its passages (`contents`, best first) in mode rag.
+
+    Chat turns, or one text where `data.chat_template` is false.
+    """
+    layout = config.rollout.layout
+    turns = [
+        (_asked(mode, text, passages_text([passage], layout)), f"<answer>{answer}</answer>") for text, passage, answer in EXAMPLES
+    ]
+    last = _asked(mode, question, passages_text(contents, layout).strip() or "(nothing was found)")
+    if not config.data.chat_template:
+        return "".join(f"{asked}\n{answer}\n\n" for asked, answer in turns) + f"{last}\n"
+    roles = [message for turn in turns for message in zip(("user", "assistant"), turn, strict=True)]
+    return [{"role": role, "content": text} for role, text in [*roles, ("user", last)]]
+
+
+def _asked(mode: Mode, question: str, passages: str) -> str:
+    """In one go: a passage may itself hold "{question}"."""
+    values = {"question": question, "passages": passages.strip()}
+    return re.sub(r"\{(question|passages)\}", lambda found: values[found[1]], ASKED[mode])
 
 
 def with_passages(config: Config, groups: list[PromptGroup]) -> list[PromptGroup]:
@@ -70,14 +96,9 @@ def with_passages(config: Config, groups: list[PromptGroup]) -> list[PromptGroup
     for start in range(0, len(groups), QUERIES):
         part = groups[start : start + QUERIES]
         passages = retrieve(config, [group.question for group in part])
-        found += [_with(config, group, contents) for group, contents in zip(part, passages, strict=True)]
+        prompts = [baseline_prompt(config, "rag", group.question, contents) for group, contents in zip(part, passages, strict=True)]
+        found += [msgspec.structs.replace(group, prompt=prompt) for group, prompt in zip(part, prompts, strict=True)]
     return found
-
-
-def _with(config: Config, group: PromptGroup, contents: list[str]) -> PromptGroup:
-    shown = passages_text(contents, config.rollout.layout).strip() or "(nothing was found)"
-    prompt = build_prompt(group.question, RAG.replace("{passages}", shown), None, config.data.chat_template)
-    return msgspec.structs.replace(group, prompt=prompt)
 
 
 def retrieve(config: Config, queries: list[str]) -> list[list[str]]:

@@ -18,7 +18,7 @@ from services.contract.messages import PromptGroup, Question
 from services.contract.policy import PolicyBoard, PolicyVersion
 from services.trainer import eval_modes
 from services.trainer.eval_main import choose, run
-from services.trainer.eval_modes import RetrieverAway, make_eval_group, question_group_id, retrieve, with_passages
+from services.trainer.eval_modes import RetrieverAway, baseline_prompt, make_eval_group, question_group_id, retrieve, with_passages
 from services.trainer.ranks import StopRequested
 from tests.factories import grade, make_trajectory
 from tests.rollout.standins import StandInRetriever
@@ -218,10 +218,24 @@ def test_rag_shows_the_passages_of_one_search_in_the_prompt() -> None:
     finally:
         retriever.close()
     assert retriever.requests == [{"queries": ["Where is Paris?"], "topk": 2, "return_scores": False}]
-    (message,) = group.prompt
-    assert isinstance(message, dict)
-    assert "The capital is Paris." in message["content"] and message["content"].endswith("Question: Where is Paris?")
+    *examples, message = group.prompt
+    assert [turn["role"] for turn in examples] == ["user", "assistant"] * 2  # type: ignore[index]
+    assert examples[1]["content"] == "<answer>Jupiter</answer>"  # type: ignore[index]
+    assert "The capital is Paris." in message["content"] and message["content"].endswith("Question: Where is Paris?")  # type: ignore[index]
     assert group.sampling.max_searches == 0 and len(PASSAGES) == 2
+
+
+def test_a_passage_cannot_put_the_question_elsewhere() -> None:
+    shown = baseline_prompt(Config(), "rag", "Where?", ['"T"\nWrite {question} and {passages} here.'])
+    assert shown[-1]["content"].count("Where?") == 1 and "Write {question} and {passages} here." in shown[-1]["content"]  # type: ignore[index]
+
+
+def test_without_a_chat_template_the_baselines_prompt_is_one_text() -> None:
+    config = Config.model_validate({"data": {"chat_template": False}})
+    text = baseline_prompt(config, "direct", "Where is Paris?")
+    assert isinstance(text, str) and text.endswith("Question: Where is Paris?\n")
+    assert text.count("<answer>Jupiter</answer>\n\n") == 1
+    assert "(nothing was found)" in baseline_prompt(config, "rag", "Where is Paris?")
 
 
 @pytest.mark.parametrize("status", [404, 500])
