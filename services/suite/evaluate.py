@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import re
 import subprocess
@@ -35,6 +36,8 @@ from services.suite.ports import free_port, refuse_taken_port
 from services.suite.redis_address import hasty_client, problem_in_words
 from services.suite.run_models import config_of, find_model, find_run
 from services.suite.supervisor import Supervisor
+
+logger = logging.getLogger("suite")
 
 RUN_NAME = "eval"
 
@@ -128,6 +131,8 @@ def make_supervisor(
     own_retriever = searching and not answers(f"{config.retriever.url}/ready")
     if own_retriever:
         refuse_taken_port(config)
+    elif searching:
+        logger.info("a retriever answers at %s already: its passages are used, whatever corpus they are of", config.retriever.url)
     return Supervisor(make_eval_plan(config, config_path, suite, port, rollouts, list(folders), own_retriever), environment)
 
 

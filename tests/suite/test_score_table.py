@@ -14,6 +14,7 @@ from services.contract.eval_job import JOB, RESULTS, EvalJob, EvalResult
 from services.contract.scores import FIGURES, Scores, by_source, score
 from services.suite import score_plot
 from services.suite.cli import app
+from services.suite.cli_models import _conclude
 from services.suite.compare import read_side
 from services.suite.published import published_rows, read_published
 from services.suite.score_table import ScoreTable, as_markdown, in_order, make_table, read_evaluations
@@ -138,6 +139,20 @@ def test_the_command_prints_and_writes_the_three_files(tmp_path: Path) -> None:
     assert data["rows"][0]["average"]["figures"]["exact_match"] == 0.3 and data["sets"] == SEVEN
     assert msgspec.convert(data["rows"][0]["sets"]["nq"], Scores).questions == 10
     assert (tmp_path / "out" / "table.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_evaluation_of_several_modes_ends_with_their_table_once_all_are_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = EvalJob("m", "d", [], [], 0, 1, 0.0, "direct")
+    direct = evaluated(tmp_path / "direct", {"nq": (1, 4)}, job)
+    unfinished = tmp_path / "search"
+    unfinished.mkdir()
+    (unfinished / JOB).write_bytes(msgspec.json.encode(msgspec.structs.replace(job, mode="search")))
+    _conclude([direct, unfinished], tmp_path, "none", shown=True)
+    assert not (tmp_path / "table.md").exists()
+    _conclude([direct], tmp_path, "none", shown=True)
+    assert (tmp_path / "table.md").read_text().strip() in capsys.readouterr().out
 
 
 def test_without_matplotlib_the_picture_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
