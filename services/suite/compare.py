@@ -18,6 +18,7 @@ from services.contract.config import ConfigError
 from services.contract.eval_job import ANSWERS, evaluations_in, read_job, read_result
 from services.contract.scores import Answer, figures_of, read_answers
 from services.contract.statistics import bootstrap_p, mcnemar, mean_interval
+from services.suite.published import in_order
 from services.suite.run_models import find_run
 
 COMPARED = ("exact_match", "f1", "sub_match", "format", "searches", "answered")
@@ -83,9 +84,14 @@ def read_side(name: str, directory: Path) -> Side:
     return Side(run.name, _by_question(path) if path else {}, True, rows, told)
 
 
-def differences(a: Side, b: Side) -> list[Difference]:
-    """Of every figure, over the questions that both answered; [] if there are none."""
-    both = [key for key in a.answers if key in b.answers]
+def sets_of(a: Side, b: Side) -> list[str]:
+    """The kinds of question that both answered some of, in the order of the papers."""
+    return in_order({source for source, _ in a.answers.keys() & b.answers.keys()})
+
+
+def differences(a: Side, b: Side, source: str | None = None) -> list[Difference]:
+    """Of every figure, over the questions (of one kind, if it is named) that both answered; [] if there are none."""
+    both = [key for key in a.answers if key in b.answers and source in (None, key[0])]
     if not both:
         return []
     left = [_means(a.answers[key], a.may_search) for key in both]
@@ -113,17 +119,30 @@ def comparison(a: Side, b: Side) -> str:
     questions = sum(key in b.answers for key in a.answers)
     if found:
         parts.append(f"Paired, on the {questions} questions that both answered:\n\n{_differences_table(found)}")
+        if len(sets := sets_of(a, b)) > 1:
+            parts.append(f"Exact match by kind of question, each test by itself:\n\n{_sets_table(a, b, sets)}")
     else:
         parts.append("No question was answered by both: nothing can be paired.")
     return "\n\n".join(parts)
 
 
+HEAD = ["a", "b", "b - a (95 %)", "p", "test"]
+
+
 def _differences_table(found: list[Difference]) -> str:
-    rows = [["figure", "a", "b", "b - a (95 %)", "p", "test"]]
-    for d in found:
-        gap = f"{d.b - d.a:+.3f} ({d.low:+.3f} to {d.high:+.3f})"
-        rows.append([d.figure, f"{d.a:.3f}", f"{d.b:.3f}", gap, f"{d.p:.2g}", d.test])
+    return markdown([["figure", *HEAD], *([d.figure, *_cells(d)] for d in found)])
+
+
+def _sets_table(a: Side, b: Side, sets: list[str]) -> str:
+    rows = [["questions", "n", *HEAD]]
+    for source in sets:
+        match = next(d for d in differences(a, b, source) if d.figure == "exact_match")
+        rows.append([source, str(sum(key[0] == source and key in b.answers for key in a.answers)), *_cells(match)])
     return markdown(rows)
+
+
+def _cells(d: Difference) -> list[str]:
+    return [f"{d.a:.3f}", f"{d.b:.3f}", f"{d.b - d.a:+.3f} ({d.low:+.3f} to {d.high:+.3f})", f"{d.p:.2g}", d.test]
 
 
 def _steps_table(a: Side, b: Side) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 
@@ -52,6 +53,12 @@ class Published(msgspec.Struct):
 
 def read_published() -> Published:
     return msgspec.toml.decode(FILE.read_bytes(), type=Published)
+
+
+def in_order(sets: Iterable[str]) -> list[str]:
+    """Search-R1's sets as it prints them, others after them by name."""
+    known = read_published().sets
+    return sorted(sets, key=lambda name: (known.index(name) if name in known else len(known), name))
 
 
 def published_rows(wanted: str = "") -> list[PublishedRow]:

@@ -24,7 +24,7 @@ from services.contract.eval_job import JOB, EvalJob, EvalResult, evaluations_in,
 from services.contract.scores import Scores
 from services.contract.statistics import mean_of_independent
 from services.suite.compare import markdown
-from services.suite.published import PublishedRow, read_published
+from services.suite.published import PublishedRow, in_order
 from services.suite.text import visible
 
 TABLE_MD, TABLE_JSON, TABLE_PNG = "table.md", "table.json", "table.png"
@@ -109,11 +109,6 @@ def make_table(evaluations: Sequence[tuple[str | None, Path, EvalResult]], publi
         for name, (_, folder, result) in zip(names, evaluations, strict=True)
     ]
     return ScoreTable(sets, rows, [row for row in published if set(row.exact_match) & set(sets)])
-
-
-def in_order(sets: Iterable[str]) -> list[str]:
-    known = read_published().sets
-    return sorted(sets, key=lambda name: (known.index(name) if name in known else len(known), name))
 
 
 def _names(evaluations: Sequence[tuple[str | None, Path, EvalResult]]) -> list[str]:

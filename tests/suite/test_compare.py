@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from services.contract.eval_job import ANSWERS, JOB, EvalJob
 from services.contract.scores import Answer
 from services.suite.cli import app
-from services.suite.compare import comparison, differences, read_side
+from services.suite.compare import comparison, differences, read_side, sets_of
 
 QUICKSTART = Path(__file__).parents[2] / "docs" / "quickstart-run"
 JOBS = EvalJob("m", "d", [], [], 0, 1, 0.0, "search")
@@ -63,6 +63,21 @@ def test_an_answer_without_a_search_counts_in_a_mode_that_may_not_search(tmp_pat
         path.write_text(path.read_text().replace('"searches":1', '"searches":0'))
     answered = differences(read_side(a, tmp_path), read_side(b, tmp_path))[-1]
     assert (answered.figure, answered.a, answered.b) == ("answered", 1.0, 0.0)
+
+
+def test_several_kinds_of_question_are_compared_each_by_itself_too(tmp_path: Path) -> None:
+    a = evaluated(tmp_path / "a", {str(i): [0] for i in range(8)})
+    b = evaluated(tmp_path / "b", {str(i): [int(i > 3)] for i in range(8)})
+    for name in (a, b):  # the first four are of another kind
+        path = Path(name) / ANSWERS
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join([line.replace('"nq"', '"popqa"') for line in lines[:4]] + lines[4:]) + "\n")
+    sides = read_side(a, tmp_path), read_side(b, tmp_path)
+    assert sets_of(*sides) == ["nq", "popqa"]
+    assert [differences(*sides, source)[0].b for source in ("nq", "popqa")] == [1.0, 0.0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in comparison(*sides).splitlines() if line.startswith("| ")]
+    assert ["nq", "4", "0.000", "1.000", "+1.000 (+1.000 to +1.000)", "0.12", "McNemar, 4 won, 0 lost"] in rows
+    assert ["popqa", "4", "0.000", "0.000", "+0.000 (+0.000 to +0.000)", "1", "McNemar, 0 won, 0 lost"] in rows
 
 
 def test_nothing_in_common_is_said(tmp_path: Path) -> None:

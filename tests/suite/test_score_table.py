@@ -16,8 +16,8 @@ from services.suite import score_plot
 from services.suite.cli import app
 from services.suite.cli_models import _conclude
 from services.suite.compare import read_side
-from services.suite.published import published_rows, read_published
-from services.suite.score_table import ScoreTable, as_markdown, in_order, make_table, read_evaluations
+from services.suite.published import in_order, published_rows, read_published
+from services.suite.score_table import ScoreTable, as_markdown, make_table, read_evaluations
 
 SEVEN = read_published().sets
 
