@@ -93,3 +93,11 @@ def test_slimes_steps_are_0_57_of_an_epoch() -> None:
 
 def test_the_index_of_wiki_18_is_its_vectors_and_a_header() -> None:
     assert CATALOGUE["wiki-18-e5"].size == 21_015_324 * 768 * 4 + 45
+
+
+def test_squad_asks_the_trained_policy_as_it_was_trained() -> None:
+    trained, asked = (load_config(f"configs/{name}.toml", {}) for name in ("quickstart", "squad-open"))
+    same = {"concurrency": 0, "engine": None}
+    assert asked.rollout.model_dump() | same == trained.rollout.model_dump() | same
+    assert (asked.data.system, asked.data.instruction) == (trained.data.system, trained.data.instruction)
+    assert asked.retriever.encoder_family == trained.retriever.encoder_family
