@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,6 @@ import msgspec
 from services.prepare.errors import PrepareError
 from services.prepare.question_files import open_text
 from services.prepare.steps import sync
-
-logger = logging.getLogger("prepare")
 
 
 class _Paragraph(msgspec.Struct):
