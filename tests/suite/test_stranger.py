@@ -158,9 +158,9 @@ def test_two_steps_are_trained_on_episodes_that_searched(stranger: Stranger) -> 
     assert any(row["reward/mean"] > 0 for row in steps)
 
 
-def evaluation(stranger: Stranger) -> Path:
+def evaluation(stranger: Stranger, mode: str = "search") -> Path:
     (folder,) = (stranger.home / "var" / "evals").iterdir()
-    return folder
+    return folder / mode
 
 
 def test_the_model_is_scored_on_all_seven_sources(stranger: Stranger) -> None:
@@ -168,6 +168,23 @@ def test_the_model_is_scored_on_all_seven_sources(stranger: Stranger) -> None:
     assert {name: kind["questions"] for name, kind in result["by_source"].items()} == dict.fromkeys(TEST_SOURCES, 3)
     assert result["lost"] == 0 and result["whole"]["figures"]["searches"] > 0.5
     assert (evaluation(stranger) / "results.md").read_text().strip() in stranger.told["eval"]
+
+
+def test_its_baselines_stand_beside_it_in_one_table_with_what_was_published(stranger: Stranger) -> None:
+    made = evaluation(stranger).parent
+    table = json.loads((made / "table.json").read_text())
+    assert [row["job"]["mode"] for row in table["rows"]] == ["direct", "rag", "search"]
+    assert table["sets"] == ["nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle"]
+    assert [row["average"]["questions"] for row in table["rows"]] == [21, 21, 21] and [row["lost"] for row in table["rows"]] == [
+        0,
+        0,
+        0,
+    ]
+    searches = [row["average"]["figures"]["searches"] for row in table["rows"]]
+    assert searches[:2] == [0, 0] and searches[2] > 0.5
+    printed = (made / "table.md").read_text().strip()
+    assert "*Search-R1 3B base, GRPO*" in printed and printed in stranger.told["eval"]
+    assert (made / "table.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_the_policy_was_shown_comes_out_of_the_corpus(stranger: Stranger) -> None:
