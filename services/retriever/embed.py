@@ -22,11 +22,12 @@ import msgspec
 import numpy as np
 
 from services.contract.config import Config
+from services.contract.files import move_into_place, sync
 from services.contract.telemetry import Progress
 from services.retriever.corpus import Corpus
 from services.retriever.encoder import Encoder, EncoderDescription
 from services.retriever.errors import RetrieverError
-from services.retriever.files import publish, sync, write_whole
+from services.retriever.files import write_whole
 from services.retriever.manifest import Identity
 
 log = logging.getLogger("retriever")
@@ -116,7 +117,7 @@ def embed(config: Config, corpus: Corpus, description: EncoderDescription, ident
         done[:] = False
         _start_over(folder, identity, shape, done)
     _encode(config, corpus, description, identity, done)
-    publish(part, final)
+    move_into_place(part, final)
     return _map(final, shape)
 
 

@@ -21,8 +21,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from services.contract.config import Config
+from services.contract.files import file_digest
 from services.retriever.errors import RetrieverError
-from services.retriever.files import sha256
 from services.retriever.hashing import HashingEncoder
 
 log = logging.getLogger("retriever")
@@ -179,7 +179,7 @@ def folder_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix in {".safetensors", ".bin", ".model"} or re.match(r"config\.json|vocab|merges|tokenizer|special", path.name):
-            digest.update(f"{path.name}\0{sha256(path)}\n".encode())
+            digest.update(f"{path.name}\0{file_digest(path)}\n".encode())
     return digest.hexdigest()
 
 

@@ -209,12 +209,12 @@ def test_corpus_digest_is_read_even_when_its_time_stamp_is_the_same(config: Conf
 
 def test_manifest_that_vouches_for_wrong_vectors_is_found_out(config: Config) -> None:
     """Digest and counts agree with a manifest that was made for the wrong file; only the sample tells."""
-    from services.retriever.files import sha256
+    from services.contract.files import file_digest
 
     build_index(config)
     index = config.data.index_folder / "index.faiss"
     write_flat(index, embeddings()[::-1])
-    edit_manifest(config, index_sha256=sha256(index))
+    edit_manifest(config, index_sha256=file_digest(index))
     (problem,) = check_index(config)
     assert problem.startswith("vectors: ")
 
