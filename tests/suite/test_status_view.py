@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.contract.accounts import Accounts
 from services.contract.config import Config
-from services.contract.groups import Accounts
 from services.suite.attention import file_attention, redis_attention
 from services.suite.observe import DeadReason, Engine, Event, Queues, Server, Snapshot
 from services.suite.run_files import Part, Progress

@@ -24,8 +24,9 @@ import tomli_w
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from services.contract.accounts import Accounts
 from services.contract.config import Config, RedisConfig
-from services.contract.groups import Accounts, GroupStore, Lease
+from services.contract.groups import GroupStore, Lease
 from services.contract.messages import PromptGroup, Span, Trajectory, VersionSpan
 from services.contract.policy import PolicyBoard, PolicyVersion
 from services.contract.store import connect
