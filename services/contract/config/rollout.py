@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from services.contract.config.base import NonNegative, Positive, Seconds, Section
 from services.contract.transcript import SEARCH_R1, Layout, layout_problems
@@ -135,6 +135,14 @@ class RolloutConfig(Section):
         if slime and "max_searches" in self.model_fields_set:
             raise ValueError('rollout.max_searches does not count with rollout.turn_semantics = "slime": take it out')
         return self
+
+    @model_serializer(mode="wrap")
+    def _only_what_counts(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A dump is a configuration again, so it has no key that the rule above refuses."""
+        values = dump(self)
+        if self.turn_semantics == "slime":
+            values.pop("max_searches", None)
+        return values
 
     @model_validator(mode="after")
     def _observations_can_be_written(self) -> RolloutConfig:
