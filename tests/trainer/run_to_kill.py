@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,8 @@ class StandIn(threading.Thread):
         """Training groups."""
         self.before_playing: Callable[[], object] = lambda: None
         """Called when a training group is taken, and counted."""
+        self.takes: Callable[[PromptGroup], bool] = lambda group: True
+        """Called with every group that is leased; one that is not taken goes back and is offered again."""
 
     def run(self) -> None:
         while not self.over.is_set():
@@ -111,6 +114,10 @@ class StandIn(threading.Thread):
                 self._play(lease)
 
     def _play(self, lease: Lease) -> None:
+        if not self.takes(lease.group):
+            self.store.hand_back(lease)
+            time.sleep(0.05)  # it is offered again at once
+            return
         policy = self.board.current()
         assert policy and policy.version >= lease.group.issued_version, "a group was fed for a version that is not served"
         if lease.group.purpose == "train":
@@ -220,14 +227,14 @@ class RunToKill:
         return self.outcome()
 
     def outcome(self) -> Outcome:
-        steps = [_json_lines(path) for path in sorted((self.folder / "transcripts").glob("step*.jsonl"))]
+        steps = [json_lines(path) for path in sorted((self.folder / "transcripts").glob("step*.jsonl"))]
         found = Checkpoints(self.folder / "checkpoints", keep=2).latest()
         assert found
         return Outcome(
             weights=hashlib.sha256((self.folder / "final" / "model.safetensors").read_bytes()).hexdigest(),
             trained=[sorted({row["id"].split("/")[0] for row in rows}) for rows in steps],
             answers=[(row["id"], row["reward"]) for rows in steps for row in rows],
-            rows=[{k: v for k, v in row.items() if not TIMES.fullmatch(k)} for row in _json_lines(self.folder / "metrics.jsonl")],
+            rows=[{k: v for k, v in row.items() if not TIMES.fullmatch(k)} for row in json_lines(self.folder / "metrics.jsonl")],
             ledger=found[1],
             accounts=self.stand_in.store.accounts(),
         )
@@ -244,5 +251,5 @@ class RunToKill:
         self.stand_in.stop()
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
+def json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
