@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tomli_w
 
-from services.contract.config import Config, dump_config
+from services.contract.config import Config, show_config
 from services.retriever.build import build_index
 from services.retriever.corpus import Corpus
 from services.retriever.embed import Plan
@@ -81,7 +80,7 @@ def test_kill_while_encoding_leaves_nothing_whole_and_is_resumed(tmp_path: Path,
 def kill_after_batches(config: Config, batches: int) -> None:
     """Start the real command and SIGKILL it in the middle of encoding."""
     path = config.data.directory / "run.toml"
-    path.write_text(tomli_w.dumps(dump_config(config)))
+    path.write_text(show_config(config))
     command = [sys.executable, "-m", "services.retriever", "index", "build", "--config", str(path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while not (config.data.index_folder / "embeddings.npy.part").exists() or batches_done(config) < batches:

@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import tomli_w
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from services.contract.accounts import Accounts
-from services.contract.config import Config, RedisConfig
+from services.contract.config import Config, RedisConfig, show_config
 from services.contract.groups import GroupStore, Lease
 from services.contract.messages import PromptGroup, Span, Trajectory, VersionSpan
 from services.contract.policy import PolicyBoard, PolicyVersion
@@ -212,7 +211,7 @@ class RunToKill:
         self.nursery, self.config = nursery, config
         self.folder = config.run.folder
         self.toml, self.log = own / "run.toml", own / "log"
-        self.toml.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+        self.toml.write_text(show_config(config))
         self.stand_in = StandIn(config)
         self.stand_in.start()
 
