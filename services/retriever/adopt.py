@@ -18,8 +18,9 @@ from services.contract.files import sync
 from services.contract.telemetry import Progress
 from services.retriever.check import content_problems
 from services.retriever.corpus import Corpus
-from services.retriever.encoder import EncoderDescription, describe_encoder, load_encoder
+from services.retriever.encoder import describe_encoder, load_encoder
 from services.retriever.errors import IndexMismatch, RetrieverError
+from services.retriever.families import EncoderDescription
 from services.retriever.files import need_room, sole_writer, written_whole
 from services.retriever.flat_file import HEADER, flat_header
 from services.retriever.index import FaissIndex, kind, new_index

@@ -25,7 +25,8 @@ from services.contract.files import sync
 from services.contract.telemetry import Progress
 from services.retriever.corpus import Corpus
 from services.retriever.embed import embed
-from services.retriever.encoder import EncoderDescription, describe_encoder
+from services.retriever.encoder import describe_encoder
+from services.retriever.families import EncoderDescription
 from services.retriever.files import need_room, sole_writer, written_whole
 from services.retriever.manifest import (
     Identity,

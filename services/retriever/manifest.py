@@ -15,8 +15,8 @@ import msgspec
 from services.contract.files import file_digest
 from services.contract.telemetry import Progress
 from services.retriever.corpus import Corpus
-from services.retriever.encoder import EncoderDescription
 from services.retriever.errors import IndexMismatch
+from services.retriever.families import EncoderDescription
 from services.retriever.files import write_whole
 
 M = TypeVar("M", bound=msgspec.Struct)

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from services.contract.files import hold_lock
-from services.retriever.encoder import EncoderDescription, Role
 from services.retriever.errors import RetrieverError
+from services.retriever.families import EncoderDescription, Role
 from services.retriever.files import written_whole
 from services.retriever.side_by_side import SideBySide
 

@@ -16,9 +16,9 @@ from services.retriever.adopt import import_index
 from services.retriever.build import build_index
 from services.retriever.check import check_index, sample_problems
 from services.retriever.corpus import Corpus
-from services.retriever.encoder import HashingEncoder
 from services.retriever.errors import IndexMismatch, RetrieverError
 from services.retriever.flat_file import write_flat
+from services.retriever.hashing import HashingEncoder
 from services.retriever.index import FaissIndex, fill_index
 from tests.retriever.conftest import first_row, load, make_config, passage, query, with_settings, write_corpus
 

@@ -13,9 +13,9 @@ import pytest
 
 from services.contract.config import Config, show_config
 from services.retriever.build import build_index
-from services.retriever.encoder import HashingEncoder
 from services.retriever.errors import CorpusError, IndexMismatch, RetrieverError
 from services.retriever.files import sole_writer
+from services.retriever.hashing import HashingEncoder
 from tests.retriever.conftest import first_row, load, make_config, passage, query, with_settings, write_corpus
 
 

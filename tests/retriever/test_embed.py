@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 
 from services.contract.config import Config, show_config
+from services.retriever.batches import Plan
 from services.retriever.build import build_index
 from services.retriever.corpus import Corpus
-from services.retriever.embed import Plan
-from services.retriever.encoder import HashingEncoder, describe_encoder
+from services.retriever.encoder import describe_encoder
 from services.retriever.errors import IndexMismatch, RetrieverError
+from services.retriever.hashing import HashingEncoder
 from services.retriever.workers import encode_in_workers
 from tests.retriever.conftest import load, make_config, passage, query, until, with_settings, write_corpus
 
@@ -37,7 +38,7 @@ def write_lengths(path: Path, lengths: np.ndarray) -> Corpus:
 
 
 def test_plan_covers_every_row_once_and_is_repeatable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.retriever.embed.WINDOW_ROWS", 256)
+    monkeypatch.setattr("services.retriever.batches.WINDOW_ROWS", 256)
     lengths = np.random.default_rng(0).integers(10, 1000, 777)
     corpus = write_lengths(tmp_path / "corpus.jsonl", lengths)
     plan, again = Plan(corpus), Plan(corpus)
@@ -50,7 +51,7 @@ def test_plan_covers_every_row_once_and_is_repeatable(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("together", [1, 3])
 def test_tasks_are_the_batches_that_are_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int) -> None:
-    monkeypatch.setattr("services.retriever.embed.WINDOW_ROWS", 256)
+    monkeypatch.setattr("services.retriever.batches.WINDOW_ROWS", 256)
     plan = Plan(write_lengths(tmp_path / "corpus.jsonl", np.full(777, 20)))
     done = np.zeros(13, bool)
     done[[0, 5, 12]] = True
