@@ -66,7 +66,7 @@ class TrainerConfig(Section):
     collect_timeout_s: Seconds = 3600
     """No finished group for so long stops the run with a report of where the groups are."""
     checkpoint_every: Positive = 5
-    """Steps."""
+    """Steps, of the warm start and of GRPO alike."""
     keep_checkpoints: Positive = 2
     """The last so many."""
     keep_every: NonNegative = 0
