@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.retriever import minilm, prepared, read_questions
-from services.retriever.encoder import FAMILIES
+from services.retriever.families import FAMILIES
 from services.retriever.index import FaissIndex, fill_index
 from services.retriever.transformer import TransformerEncoder
 

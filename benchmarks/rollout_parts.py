@@ -15,7 +15,7 @@ from typing import Any
 import redis
 
 from services.contract.codec import Codec
-from services.contract.config import Config
+from services.contract.config import Config, show_config
 from services.contract.groups import GroupStore
 from services.contract.messages import PromptGroup, Sampling, Trajectory
 from services.contract.policy import PolicyBoard, PolicyVersion
@@ -67,10 +67,8 @@ class Parts:
 
     def start_service(self, service: str, config: Config) -> None:
         """A real service as a process, on the same configuration."""
-        from tests.rollout.test_process import to_toml
-
         path = self.folder / "run.toml"
-        path.write_text(to_toml(config.model_dump(mode="json", exclude_none=True)))
+        path.write_text(show_config(config))
         command = [sys.executable, "-m", f"services.{service}", "--config", str(path)]
         self._processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
 

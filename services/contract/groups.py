@@ -16,8 +16,7 @@
 A finished group leaves by `collected` or, when one of its samples can never be graded, by `dead`: it is never waited for in vain.
 A group that is still being played is not buried by a grader; the sweep asks again once it is finished.
 
-At any instant ``fed = waiting + leased + finished + dead`` and ``finished = collected + graded_waiting + ungraded + released``
-(`Accounts.check`). States live in one hash until release; what was released or died is only counted.
+The accounts of all of them are in accounts.py.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ import msgspec
 import redis
 
 from services.contract import group_scripts as scripts
+from services.contract.accounts import Accounts, count_groups
 from services.contract.messages import (
     DeadLetter,
     GradedNotice,
@@ -60,27 +60,6 @@ class Lease(msgspec.Struct, frozen=True):
 class Graded(msgspec.Struct, frozen=True):
     entry_id: bytes
     notice: GradedNotice
-
-
-class Accounts(msgspec.Struct, frozen=True):
-    """Counts of groups since the run began; `waiting`, `leased`, `collected` … are those of this instant."""
-
-    fed: int
-    waiting: int
-    leased: int
-    dead: int
-    ungraded: int
-    graded_waiting: int
-    collected: int
-    released: int
-
-    @property
-    def finished(self) -> int:
-        return self.ungraded + self.graded_waiting + self.collected + self.released
-
-    def check(self) -> None:
-        """Raise AssertionError unless every group that was fed is somewhere."""
-        assert self.fed == self.waiting + self.leased + self.finished + self.dead, f"groups are missing: {self}"
 
 
 class GroupStore:
@@ -261,20 +240,7 @@ class GroupStore:
     def accounts(self) -> Accounts:
         """Where every group is, read in one instant."""
         keys = [self.keys.states, self.keys.prompts, self.keys.counters, self.keys.graded_samples]
-        flat, leased, depth, counters = self._with_streams(lambda: self._accounts(keys, [ROLLOUT_GROUP]))
-        rows = [(flat[i + 1], int(flat[i + 2])) for i in range(0, len(flat), 3)]
-        fed, dead, released = map(int, counters)
-        complete = [graded >= int(state.split()[1]) for state, graded in rows if state.startswith(b"finished")]
-        return Accounts(
-            fed=fed,
-            waiting=depth - leased,  # acknowledged entries are deleted at once, so the stream holds waiting and leased only
-            leased=leased,
-            dead=dead,
-            ungraded=complete.count(False),
-            graded_waiting=complete.count(True),
-            collected=sum(state == b"collected" for state, _ in rows),
-            released=released,
-        )
+        return count_groups(self._with_streams(lambda: self._accounts(keys, [ROLLOUT_GROUP])))
 
     def announce(self, event: str) -> None:
         """A human-readable line for `events`, which keeps the last few thousand."""

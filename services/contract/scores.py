@@ -13,6 +13,7 @@ from statistics import fmean
 
 import msgspec
 
+from services.contract.files import replace_file
 from services.contract.statistics import ks_of, mean_interval, pass_at_k, wilson
 
 SHARES = ("exact_match", "sub_match", "format", "answered")
@@ -153,6 +154,4 @@ def append_lines(path: Path, lines: Iterable[bytes]) -> None:
 def write_lines(path: Path, lines: Iterable[bytes]) -> None:
     """Replace the file in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(b"".join(line + b"\n" for line in lines))
-    temporary.replace(path)
+    replace_file(path, b"".join(line + b"\n" for line in lines))

@@ -26,6 +26,8 @@ logger = logging.getLogger("redis")
 T = TypeVar("T")
 AWAY = (RedisConnectionError, RedisTimeoutError, BusyLoadingError, ReadOnlyError, ConnectionError, TimeoutError, OSError)
 PAUSE_S = 0.5
+SILENCE_S = 30
+"""A Redis that answers a command by nothing for so long is connected to anew. A blocking read must ask for less."""
 
 
 class RedisAway(Exception):
@@ -76,7 +78,7 @@ def connect(config: RedisConfig) -> redis.Redis:
         config.url,
         password=password,
         retry=PatientRetry(_without_password(config.url), config.retry_s),
-        socket_timeout=30,
+        socket_timeout=SILENCE_S,
         socket_connect_timeout=5,
         health_check_interval=15,
         max_connections=256,

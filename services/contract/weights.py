@@ -20,6 +20,8 @@ from types import TracebackType
 
 import msgspec
 
+from services.contract.files import file_digest, move_into_place, sync
+
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"^v\d{6,}$")
 _WRITING = ".writing-"
@@ -76,8 +78,7 @@ def publish(root: Path, version: int, parent: int, write: Write, bytes_needed: i
     try:
         temporary.mkdir()
         _seal(temporary, version, parent, write(temporary) or {})
-        temporary.rename(target)
-        sync_folder(root)
+        move_into_place(temporary, target)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -90,15 +91,14 @@ def publish(root: Path, version: int, parent: int, write: Write, bytes_needed: i
 
 
 def _seal(folder: Path, version: int, parent: int, written: Mapping[str, FileEntry]) -> None:
-    """Sync every file that is not yet, then write the manifest and sync that and the folder."""
+    """Sync every file that is not yet, then write the manifest."""
     files = dict(written)
     for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name not in written):
-        sync_file(path)
+        sync(path)
         files[path.name] = FileEntry(path.stat().st_size, file_digest(path))
     manifest = folder / MANIFEST
     manifest.write_bytes(msgspec.json.format(msgspec.json.encode(Manifest(version, parent, files))))
-    sync_file(manifest)
-    sync_folder(folder)
+    sync(manifest)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -197,29 +197,7 @@ class HashedFile:
             self._file.close()
 
 
-def file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _start_writeback(file: int, start: int, size: int) -> None:
     """Ask Linux to begin writing a range to the disk, without waiting; elsewhere the sync at the end does all of it."""
     if sync_file_range := getattr(_libc, "sync_file_range", None):
         sync_file_range(file, ctypes.c_int64(start), ctypes.c_int64(size), _SYNC_FILE_RANGE_WRITE)
-
-
-def sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Make a rename or a new name in this folder durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from services.contract.config import Config
+from services.contract.files import file_digest
 from services.prepare import models, rows
 from services.prepare.convert import convert_step
 from services.prepare.demonstrations import write_demonstrations
@@ -30,7 +31,7 @@ from services.prepare.passages import build_passages, write_corpus
 from services.prepare.questions import FactQuestion, build_questions, split_places
 from services.prepare.recall import measure_recall, table
 from services.prepare.retrieval import Retriever
-from services.prepare.steps import Step, code_digest, manifest_path, package_version, run_step, sha256, why_remake
+from services.prepare.steps import Step, code_digest, manifest_path, package_version, run_step, why_remake
 
 logger = logging.getLogger("prepare")
 
@@ -148,8 +149,8 @@ def demonstration_step(config: Config) -> Step:
         "layout": list(config.rollout.layout),
         "encoder_family": config.retriever.encoder_family,
         "index_factory": config.retriever.index_factory,
-        "corpus": sha256(data.corpus_path),
-        "questions": sha256(data.train_path),
+        "corpus": file_digest(data.corpus_path),
+        "questions": file_digest(data.train_path),
         "code": code_digest("demonstrations", "questions", "kinds", TRANSCRIPT),
     }
 

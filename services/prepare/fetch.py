@@ -6,15 +6,15 @@ planned first, all of it, so that a disk that is too small is told before the fi
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import IO
 
 from services.contract.config import Config, hub_name
+from services.contract.files import hold_lock
 from services.prepare.catalogue import GB, Entry, Kind, find_entry, require_kind
 from services.prepare.errors import PrepareError
 from services.prepare.hub import Patience, RemoteFile, remote_files
@@ -128,13 +128,10 @@ def _need_room(folder: Path, missing: Sequence[Fetch]) -> None:
         )
 
 
-@contextmanager
-def _sole_downloader(folder: Path) -> Iterator[None]:
-    """The lock goes with the process, however it ends."""
+def _sole_downloader(folder: Path) -> IO[str]:
+    """Held until it is closed. Raises PrepareError when another process has it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PrepareError(f"{folder}: another process downloads here; wait for it or stop it") from None
-        yield
+    try:
+        return hold_lock(folder / ".lock")
+    except BlockingIOError:
+        raise PrepareError(f"{folder}: another process downloads here; wait for it or stop it") from None

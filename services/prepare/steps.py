@@ -19,7 +19,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +27,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from services.contract.files import file_digest, move_into_place, replace_file, sync
 from services.contract.telemetry import format_seconds
 from services.prepare.errors import PrepareError
 
@@ -35,7 +35,6 @@ logger = logging.getLogger("prepare")
 
 DIGEST_UP_TO = 64 << 20
 """Bytes. Larger files are checked by size alone, so that a start stays quick."""
-CHUNK = 4 << 20
 MANIFEST = "manifest.json"
 
 
@@ -116,7 +115,7 @@ def _broken_file(output: Path, files: Mapping[str, Mapping[str, Any]]) -> str | 
         size = path.stat().st_size
         if size != expected["bytes"]:
             return f"{name} has {size} bytes instead of {expected['bytes']}"
-        if size <= DIGEST_UP_TO and sha256(path) != expected["sha256"]:
+        if size <= DIGEST_UP_TO and file_digest(path) != expected["sha256"]:
             return f"{name} was changed"
     return None
 
@@ -125,19 +124,15 @@ def _publish(step: Step, digests: Mapping[str, str]) -> None:
     """The old output loses its manifest first: at no moment does a manifest stand beside a file it does not describe."""
     made = step.temporary
     manifest_path(step.output).unlink(missing_ok=True)
-    manifest = {"fingerprint": step.fingerprint, "inputs": dict(step.inputs), "files": describe(made, step.output.name, digests)}
+    files = describe(made, step.output.name, digests)
+    manifest = json.dumps({"fingerprint": step.fingerprint, "inputs": dict(step.inputs), "files": files}, indent=1).encode()
     if made.is_dir():
-        _write_synced(made / MANIFEST, json.dumps(manifest, indent=1))
-        sync(made)
+        replace_file(made / MANIFEST, manifest)
         _remove(step.output)
-        made.replace(step.output)
+        move_into_place(made, step.output)
     else:
-        made.replace(step.output)
-        sync(step.output.parent)
-        partial = step.output.with_name(f".{step.output.name}.{MANIFEST}.partial")
-        _write_synced(partial, json.dumps(manifest, indent=1))
-        partial.replace(manifest_path(step.output))
-    sync(step.output.parent)
+        move_into_place(made, step.output)
+        replace_file(manifest_path(step.output), manifest)
 
 
 def describe(made: Path, name: str, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -145,29 +140,7 @@ def describe(made: Path, name: str, digests: Mapping[str, str]) -> dict[str, dic
     paths = {str(p.relative_to(made)): p for p in sorted(made.rglob("*")) if p.is_file()} if made.is_dir() else {name: made}
     for path in paths.values():
         sync(path)
-    return {key: {"bytes": path.stat().st_size, "sha256": digests.get(key) or sha256(path)} for key, path in paths.items()}
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a folder to disk: a rename is durable only once its folder is synced."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_synced(path: Path, text: str) -> None:
-    path.write_text(text)
-    sync(path)
+    return {key: {"bytes": path.stat().st_size, "sha256": digests.get(key) or file_digest(path)} for key, path in paths.items()}
 
 
 def _remove(path: Path) -> None:

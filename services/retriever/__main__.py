@@ -59,11 +59,14 @@ def check(config: ConfigPath = None) -> None:
 def import_(
     parts: Annotated[list[Path], typer.Argument(help="A FAISS index file, or its parts in their order.")],
     config: ConfigPath = None,
+    remove_parts: Annotated[
+        bool, typer.Option("--remove-parts", help="Delete them once the index stands; else they stay.")
+    ] = False,
 ) -> None:
     """Adopt a published FAISS index, such as Search-R1's e5_Flat.index, after checking that it is of this corpus and encoder."""
     from services.retriever.adopt import import_index
 
-    import_index(load_config(config), parts)
+    import_index(load_config(config), parts, remove_parts)
 
 
 @cli.command()

@@ -1,8 +1,9 @@
 """`index import`: a published FAISS index, in one file or in parts, becomes this run's, if it is of this corpus and encoder.
 
 One file is linked, not copied, where it lies on the same file system. Parts are joined straight into the index folder (file
-systems that can share blocks do). What its header tells is checked before anything is copied, the rest before the manifest
-of an earlier index is touched: a refused import leaves everything as it was.
+systems that can share blocks do) and stay where they are, for they are yours: `--remove-parts` deletes them once the index
+stands. What its header tells is checked before anything is copied, the rest before the manifest of an earlier index is touched:
+a refused import leaves everything as it was, the parts too.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from services.contract.config import Config
+from services.contract.files import sync
 from services.contract.telemetry import Progress
 from services.retriever.check import content_problems
 from services.retriever.corpus import Corpus
-from services.retriever.encoder import EncoderDescription, describe_encoder, load_encoder
+from services.retriever.encoder import describe_encoder, load_encoder
 from services.retriever.errors import IndexMismatch, RetrieverError
-from services.retriever.files import need_room, sole_writer, sync, written_whole
+from services.retriever.families import EncoderDescription
+from services.retriever.files import need_room, sole_writer, written_whole
 from services.retriever.flat_file import HEADER, flat_header
 from services.retriever.index import FaissIndex, kind, new_index
 from services.retriever.manifest import (
@@ -38,13 +41,16 @@ log = logging.getLogger("retriever")
 COPY_BYTES = 64 << 20
 
 
-def import_index(config: Config, parts: Sequence[Path]) -> Manifest:
+def import_index(config: Config, parts: Sequence[Path], remove_parts: bool = False) -> Manifest:
     """Adopt the index that `parts`, one after another, are. Raises IndexMismatch naming what does not fit."""
     folder = config.data.index_folder
     with sole_writer(folder):
         corpus, encoder = Corpus.open(config.data.corpus_path), describe_encoder(config, "passage")
         identity = identify(encoder, corpus, corpus_digest(corpus.path, readable_manifest(folder, Manifest)))
-        return adopt(config, parts, corpus, encoder, identity)
+        manifest = adopt(config, parts, corpus, encoder, identity)
+        if remove_parts:
+            _remove(parts, keep=index_path(folder))
+        return manifest
 
 
 def adopt(config: Config, parts: Sequence[Path], corpus: Corpus, encoder: EncoderDescription, identity: Identity) -> Manifest:
@@ -63,6 +69,15 @@ def adopt(config: Config, parts: Sequence[Path], corpus: Corpus, encoder: Encode
     write_manifest(folder, manifest)
     log.info("index imported: %s passages, dimension %d, %s", f"{len(corpus):,}", identity.dimension, manifest.factory)
     return manifest
+
+
+def _remove(parts: Sequence[Path], keep: Path) -> None:
+    """The parts, and what they are links to, as in a hub's cache. The index that was imported over itself stays."""
+    for path in {place for part in parts for place in (part, part.resolve())} - {keep, keep.resolve()}:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s could not be removed (%s); the index does not need it any more: remove it yourself", path, error)
 
 
 def _check_header(parts: Sequence[Path], rows: int, dimension: int) -> None:

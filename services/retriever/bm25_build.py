@@ -24,10 +24,11 @@ from pathlib import Path
 import msgspec
 
 from services.contract.config import Config
+from services.contract.files import move_into_place, sync
 from services.contract.telemetry import Progress
 from services.retriever.corpus import Corpus
 from services.retriever.errors import IndexMismatch, RetrieverError
-from services.retriever.files import publish, sole_writer, sync
+from services.retriever.files import sole_writer
 from services.retriever.lucene import ANALYZER, LuceneIndex, LuceneWriter, start_jvm, versions
 from services.retriever.manifest import corpus_digest, manifest_path, readable_manifest, write_manifest
 
@@ -82,7 +83,7 @@ def _build(config: Config, folder: Path, corpus: Corpus, identity: Bm25Identity)
     problem = lucene_problem(part, len(corpus))
     if problem:
         raise RetrieverError(f"{problem} Free some room or move data.directory, then run `index build` again")
-    publish(part, lucene_folder(folder))
+    move_into_place(part, lucene_folder(folder))
     fields = msgspec.structs.asdict(identity)
     manifest = Bm25Manifest(**fields, corpus_bytes=stamp.st_size, corpus_mtime_ns=stamp.st_mtime_ns)
     write_manifest(folder, manifest)

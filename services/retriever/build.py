@@ -21,11 +21,13 @@ import os
 import numpy as np
 
 from services.contract.config import Config
+from services.contract.files import sync
 from services.contract.telemetry import Progress
 from services.retriever.corpus import Corpus
 from services.retriever.embed import embed
-from services.retriever.encoder import EncoderDescription, describe_encoder
-from services.retriever.files import need_room, sole_writer, sync, written_whole
+from services.retriever.encoder import describe_encoder
+from services.retriever.families import EncoderDescription
+from services.retriever.files import need_room, sole_writer, written_whole
 from services.retriever.manifest import (
     Identity,
     Manifest,

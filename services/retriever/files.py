@@ -1,45 +1,15 @@
-"""Files that are either whole or absent: written under a temporary name, synced, renamed."""
+"""What the retriever writes is whole or absent; when it cannot be written, a RetrieverError says where and what to mend."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
+from services.contract.files import hold_lock, move_into_place
 from services.retriever.errors import RetrieverError
-
-CHUNK_BYTES = 4 << 20
-
-
-def sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """Hex digest of a file; `on_bytes` hears how many bytes were just read."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-            if on_bytes:
-                on_bytes(len(chunk))
-    return digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a folder to disk: a rename is durable only once its folder is synced."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def publish(temporary: Path, final: Path) -> None:
-    """Give a finished file its real name."""
-    sync(temporary)
-    temporary.replace(final)
-    sync(final.parent)
 
 
 def need_room(folder: Path, size: int, what: str) -> None:
@@ -60,7 +30,7 @@ def written_whole(final: Path) -> Iterator[Path]:
     temporary = final.with_name(final.name + ".tmp")
     try:
         yield temporary
-        publish(temporary, final)
+        move_into_place(temporary, final)
     except (OSError, RuntimeError) as error:
         free = shutil.disk_usage(final.parent).free
         raise RetrieverError(
@@ -75,13 +45,10 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-@contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Only one process builds in `folder`. The lock goes with the process, however it ends."""
+def sole_writer(folder: Path) -> IO[str]:
+    """Only one process builds in `folder` until this is closed. Raises RetrieverError when another one does."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RetrieverError(f"{folder}: another process is building this index; wait for it or stop it") from None
-        yield
+    try:
+        return hold_lock(folder / ".lock")
+    except BlockingIOError:
+        raise RetrieverError(f"{folder}: another process is building this index; wait for it or stop it") from None

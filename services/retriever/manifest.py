@@ -12,11 +12,12 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
+from services.contract.files import file_digest
 from services.contract.telemetry import Progress
 from services.retriever.corpus import Corpus
-from services.retriever.encoder import EncoderDescription
 from services.retriever.errors import IndexMismatch
-from services.retriever.files import sha256, write_whole
+from services.retriever.families import EncoderDescription
+from services.retriever.files import write_whole
 
 M = TypeVar("M", bound=msgspec.Struct)
 METRIC = "inner_product"
@@ -98,7 +99,7 @@ def corpus_digest(path: Path, manifest: CorpusStamp | None, on_bytes: Callable[[
     now = path.stat()
     if manifest and (manifest.corpus_bytes, manifest.corpus_mtime_ns) == (now.st_size, now.st_mtime_ns):
         return manifest.corpus_sha256
-    return sha256(path, on_bytes)
+    return file_digest(path, on_bytes)
 
 
 def differences(found: Identity, wanted: Identity) -> list[str]:
@@ -138,7 +139,7 @@ def make_manifest(folder: Path, identity: Identity, corpus: Corpus, encoder: str
     """Of the index file that lies in `folder`; reads it for its digest."""
     stamp, of_corpus = index_path(folder).stat(), corpus.path.stat()
     with Progress("reading the index for its digest", stamp.st_size, "bytes") as bar:
-        digest = sha256(index_path(folder), bar.advance)
+        digest = file_digest(index_path(folder), bar.advance)
     return Manifest(
         **msgspec.structs.asdict(identity),
         encoder=encoder,
@@ -159,7 +160,7 @@ def looks_untouched(folder: Path, manifest: Manifest) -> bool:
 
 
 def check_index_file(folder: Path, manifest: Manifest, on_bytes: Callable[[int], None] | None = None) -> list[str]:
-    digest = sha256(index_path(folder), on_bytes)
+    digest = file_digest(index_path(folder), on_bytes)
     return [] if digest == manifest.index_sha256 else [_difference("index_sha256", manifest.index_sha256, digest)]
 
 

@@ -23,9 +23,9 @@ from typing import BinaryIO
 import numpy as np
 from numpy.lib import format as npy
 
+from services.contract.files import move_into_place
 from services.contract.telemetry import Progress
 from services.retriever.errors import CorpusError
-from services.retriever.files import publish
 
 SCAN_BYTES = 16 << 20
 QUIET_BYTES = 256 << 20
@@ -80,7 +80,7 @@ def _write(corpus: Path) -> None:
                 count += len(starts)
             file.seek(0)
             _write_header(file, count)
-        publish(temporary, final)
+        move_into_place(temporary, final)
     finally:
         temporary.unlink(missing_ok=True)
 

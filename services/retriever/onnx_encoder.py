@@ -6,7 +6,6 @@ the scale of the activations is taken from the whole batch, so that a query's ve
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import tempfile
@@ -17,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from services.retriever.encoder import EncoderDescription, Role
+from services.contract.files import hold_lock
 from services.retriever.errors import RetrieverError
+from services.retriever.families import EncoderDescription, Role
 from services.retriever.files import written_whole
 from services.retriever.side_by_side import SideBySide
 
@@ -91,12 +91,11 @@ def _keep(description: EncoderDescription, kept: Path) -> bool:
     """Export to `kept`, one process at a time. False: nothing can be written there."""
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        lock = (kept.parent / ".lock").open("w")
+        lock = hold_lock(kept.parent / ".lock", wait=True)
     except OSError as error:
         log.warning("%s: an exported encoder cannot be kept there (%s) and is made at every start", kept.parent, error)
         return False
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         if not kept.exists():
             with written_whole(kept) as temporary:
                 _export(description, temporary)

@@ -13,8 +13,8 @@ import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import Tensor, nn
 
-from services.retriever.encoder import EncoderDescription, Family
 from services.retriever.errors import RetrieverError
+from services.retriever.families import EncoderDescription, Family
 from services.retriever.onnx_encoder import ExportFailed, open_session
 from services.retriever.transformer import check_longest_text, load_model, pool
 

@@ -57,11 +57,6 @@ def gpu_pieces() -> MakePiece:
     return make
 
 
-def cpu_piece(dimension: int, device: int) -> faiss.Index:
-    """The stand-in for a GPU's piece: float16 on the CPU."""
-    return faiss.IndexScalarQuantizer(dimension, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
-
-
 def load_sharded(vectors: np.ndarray, devices: Sequence[int], make: MakePiece, piece_rows: int = PIECE_ROWS) -> faiss.Index:
     """float32 [rows, dimension] as one index with the same row numbers, in equal parts on `devices`."""
     dimension = vectors.shape[1]

@@ -19,8 +19,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from transformers import AutoConfig, AutoModel, AutoTokenizer, DPRContextEncoder  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
-from services.retriever.encoder import Family, Role  # noqa: E402
 from services.retriever.errors import RetrieverError  # noqa: E402
+from services.retriever.families import Family, Role  # noqa: E402
 from services.retriever.side_by_side import SideBySide  # noqa: E402
 
 transformers_logging.disable_progress_bar()

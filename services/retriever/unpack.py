@@ -15,7 +15,6 @@ unpacking starts over. A file of that name that was not unpacked here is never o
 
 from __future__ import annotations
 
-import fcntl
 import gzip
 import logging
 import os
@@ -28,9 +27,10 @@ from typing import BinaryIO, cast
 
 import msgspec
 
+from services.contract.files import hold_lock, move_into_place
 from services.contract.telemetry import Progress
 from services.retriever.errors import CorpusError, RetrieverError
-from services.retriever.files import CHUNK_BYTES, need_room, publish, write_whole
+from services.retriever.files import need_room, write_whole
 
 log = logging.getLogger("retriever")
 
@@ -38,6 +38,7 @@ GZIP = b"\x1f\x8b"
 OTHERS = {b"PK\x03\x04": "zip", b"\xfd7zXZ\x00": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd"}
 TAR_MARK, TAR_MARK_AT = b"ustar", 257
 SUFFIXES = (".gz", ".tgz", ".tar", ".jsonl", ".json")
+CHUNK_BYTES = 4 << 20
 SAMPLE_BYTES = 8 << 20
 """Unpacked for an estimate of the whole: gzip itself does not say how large it will be."""
 
@@ -102,8 +103,8 @@ def _is_whole(path: Path, target: Path) -> bool:
 
 def _unpack(path: Path, target: Path) -> None:
     try:
-        with _alone(target):
-            if not _is_whole(path, target):  # the one who was waited for may have done it
+        with hold_lock(target.with_name(f".{target.name}.lock"), wait=True):
+            if not _is_whole(path, target):  # another service may have unpacked the same corpus meanwhile
                 _refuse_strange_file(path, target)
                 _write(path, target)
     except (EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError) as error:
@@ -112,14 +113,6 @@ def _unpack(path: Path, target: Path) -> None:
         raise RetrieverError(
             f"{target}: cannot unpack {path.name} here ({error}); free some room, or make the folder writable"
         ) from None
-
-
-@contextmanager
-def _alone(target: Path) -> Iterator[None]:
-    """Waits for whoever unpacks the same corpus, in this process or another."""
-    with target.with_name(f".{target.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _refuse_strange_file(path: Path, target: Path) -> None:
@@ -137,7 +130,7 @@ def _write(path: Path, target: Path) -> None:
         with path.open("rb") as packed, _plain(packed) as (plain, total):
             need_room(target.parent, total, f"unpacking {path.name}")
             _copy(packed, plain, temporary, path.stat().st_size)
-        publish(temporary, target)
+        move_into_place(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
     write_whole(_source_path(target), msgspec.json.encode(_source(path, target)))

@@ -24,10 +24,11 @@ from pathlib import Path
 
 import numpy as np
 
+from services.retriever.batches import Encoding
 from services.retriever.corpus import Corpus
-from services.retriever.embed import Encoding
-from services.retriever.encoder import EncoderDescription, load_encoder
+from services.retriever.encoder import load_encoder
 from services.retriever.errors import RetrieverError
+from services.retriever.families import EncoderDescription
 
 WAITING = 2
 """Tasks a worker has in hand, so that it never waits for the next."""

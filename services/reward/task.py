@@ -86,7 +86,7 @@ class Grader:
         except SoftTimeLimitExceeded:
             reason = f"took longer than reward.soft_time_limit_s ({self.config.reward.soft_time_limit_s:g} s)"
             return self._try_again(attempt, reason, "soft_time_limit")
-        except Exception as error:
+        except Exception as error:  # a reward function of one's own raises whatever it likes
             logger.debug("%s", trajectory_id, exc_info=True)
             return self._try_again(attempt, f"{type(error).__name__}: {error}", "error")
         if not self.store.grade(trajectory_id, attempt.body, Reward(*result)):

@@ -53,7 +53,7 @@ async def run(config: Config) -> int:
     except RedisAway as error:
         logger.error("%s; the groups of this worker go to others when their leases run out", error)
         return 1
-    except Exception:
+    except Exception:  # its last words belong in the log, with the time and the name of the service
         logger.exception("the rollout worker ends on an error of its own")
         return 1
     return 0

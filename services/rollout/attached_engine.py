@@ -56,7 +56,7 @@ class AttachedEngine(Engine):
             await self._fits()
             await self.update(model, version)
             if not await self.health(self.config.engine.health_timeout_s):
-                raise EngineStartError(f"{self.url} does not sample a token")
+                raise EngineStartError(f"{self.url} answers but does not sample a token: look into that engine's own log")
         except BaseException:
             await self.stop()
             raise

@@ -133,7 +133,7 @@ class Worker:
             raise
         except TimeoutError:  # this one's own: engine and retriever turn theirs into InfrastructureError
             await self._late(lease)
-        except Exception as error:
+        except Exception as error:  # one group that cannot be played must not end the worker
             logger.debug("group %s", group.group_id, exc_info=True)
             await self._bury(lease, f"{type(error).__name__}: {error}")
 

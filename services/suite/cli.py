@@ -7,10 +7,9 @@ import signal
 import sys
 from typing import Annotated
 
-import msgspec
 import typer
 
-from services.contract.config import Config, dump_config, load_config
+from services.contract.config import Config, load_config, show_config
 from services.contract.telemetry import configure_logging
 from services.suite import cli_models, cli_runs
 from services.suite.options import DEFAULT_CONFIG, SHARED_ENVIRONMENT, ConfigOption, mistakes_told
@@ -144,8 +143,8 @@ def trajectory(
 
 @config_app.command("show")
 def show(config: ConfigOption = DEFAULT_CONFIG) -> None:
-    """Print the resolved run: the file, the environment's overrides, the defaults. Secrets are masked."""
-    print(msgspec.toml.encode(dump_config(_load(config))).decode(), end="")
+    """Print the resolved run: the file, the environment's overrides, the defaults. Secrets are left out."""
+    print(show_config(_load(config)), end="")
 
 
 def _load(path: str) -> Config:

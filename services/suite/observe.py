@@ -12,9 +12,10 @@ from typing import Any
 import msgspec
 import redis
 
+from services.contract.accounts import Accounts
 from services.contract.config import Config
 from services.contract.grading import grading_queue
-from services.contract.groups import ROLLOUT_GROUP, TRAINER_GROUP, Accounts, GroupStore
+from services.contract.groups import ROLLOUT_GROUP, TRAINER_GROUP, GroupStore
 from services.contract.messages import DeadLetter, decode_dead
 from services.contract.policy import ALIVE_S, EngineReport, PolicyVersion
 from services.contract.store import Keys

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
 import socket
 from pathlib import Path
 from typing import IO
 
 from services.contract.config import Config, ConfigError
+from services.contract.files import hold_lock
 
 
 def hold_folder(folder: Path) -> IO[str]:
     """The folder is this suite's until the file that comes back is closed. Raises ConfigError when another suite has it."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / "lock").open("w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        return hold_lock(folder / "lock")
+    except BlockingIOError:
         message = f"a suite is already running on {folder.parent}: stop it, or give this run another name (run.name)"
         raise ConfigError(message) from None
-    return file
 
 
 def free_port() -> int:

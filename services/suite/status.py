@@ -20,24 +20,9 @@ from services.contract.config import Config
 from services.suite.attention import file_attention, redis_attention
 from services.suite.observe import LOOK_ERRORS, NoRun, Observer, Snapshot
 from services.suite.redis_address import problem_in_words, with_address
-from services.suite.run_files import Part, Progress, read_parts, read_progress
-from services.suite.status_view import render
+from services.suite.run_files import read_parts, read_progress
+from services.suite.status_view import Status, render
 from services.suite.text import make_console, say
-
-
-class Status(msgspec.Struct, frozen=True):
-    """All that one look has found."""
-
-    run: str
-    time: float
-    """Seconds since the epoch, where forage runs."""
-    redis_url: str
-    redis: Snapshot | None
-    problem: str | None
-    """Why `redis` is None."""
-    trainer: Progress
-    parts: list[Part]
-    attention: list[str]
 
 
 class Watch:

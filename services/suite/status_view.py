@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import msgspec
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -14,9 +15,6 @@ from services.suite.facts import Facts, facts_table
 from services.suite.observe import DeadReason, Engine, Event, Queues, Snapshot
 from services.suite.run_files import Part, Progress
 from services.suite.text import cell, one_line
-
-if TYPE_CHECKING:
-    from services.suite.status import Status
 
 NONE = "–"
 BARS = "▁▂▃▄▅▆▇█"
@@ -35,6 +33,21 @@ STEP_FIGURES = {
     "time/tokens_per_s": ("tokens/s", "{:.0f}"),
 }
 """Of a step's row in the journal: its name here and how it is written."""
+
+
+class Status(msgspec.Struct, frozen=True):
+    """All that one look has found."""
+
+    run: str
+    time: float
+    """Seconds since the epoch, where forage runs."""
+    redis_url: str
+    redis: Snapshot | None
+    problem: str | None
+    """Why `redis` is None."""
+    trainer: Progress
+    parts: list[Part]
+    attention: list[str]
 
 
 def render(status: Status) -> RenderableType:

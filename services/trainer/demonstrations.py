@@ -24,7 +24,7 @@ def read_demonstrations(path: Path) -> list[Demonstration]:
         try:
             found.append(decode(line))
         except msgspec.DecodeError as error:
-            raise ConfigError(f"{path}, line {number}: {error}") from None
+            raise ConfigError(f"{path}, line {number}: {error}; correct the line or take it out") from None
     return found
 
 

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from services.contract.weights import sync_file
+from services.contract.files import replace_file, sync
 from services.trainer.collapse import onsets, warning_metrics
 from services.trainer.room import Patiently, full_disk_told
 
@@ -92,7 +92,7 @@ class Journal:
 
     def length(self) -> int:
         """In bytes; so much is on disk. A checkpoint knows it."""
-        sync_file(self.path)
+        sync(self.path)
         return self.path.stat().st_size
 
     def _cut(self, length: int | None) -> None:
@@ -100,10 +100,7 @@ class Journal:
         kept = written[:length]
         if length and len(written) < length:
             logger.warning("%s is shorter than when the checkpoint was made: rows are missing", self.path)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_bytes(kept[: kept.rfind(b"\n") + 1])  # the last row may be torn
-        sync_file(temporary)
-        temporary.replace(self.path)
+        replace_file(self.path, kept[: kept.rfind(b"\n") + 1])  # the last row may be torn
 
     def _read(self) -> list[Row]:
         if not self.path.exists():

@@ -36,9 +36,11 @@ def read_questions(path: Path) -> list[Question]:
             try:
                 questions.append(decode(line))
             except msgspec.DecodeError as error:
-                raise ConfigError(f"{path}, line {number}: {error}") from None
+                raise ConfigError(f"{path}, line {number}: {error}; correct the line or take it out") from None
     if not questions:
-        raise ConfigError(f"{path} holds no question")
+        raise ConfigError(
+            f"{path} holds no question: run `prepare` again, or name another file in data.train_questions and data.eval_questions"
+        )
     return questions
 
 

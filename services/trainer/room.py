@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from services.contract.config import ConfigError
-from services.contract.weights import NoSpace, sync_file, sync_folder
+from services.contract.files import move_into_place, replace_file, sync
+from services.contract.weights import NoSpace
 
 T = TypeVar("T")
 Patiently = Callable[[Callable[[], object]], object]
@@ -65,13 +66,9 @@ def full_disk_told(path: Path, take_back: Callable[[], object] = lambda: None) -
 
 def write_durably(path: Path, text: str) -> None:
     """The whole file or none of it, in place of what was there. Raises NoSpace."""
-    temporary = path.with_name(f".{path.name}")
-    with full_disk_told(path, take_back=lambda: temporary.unlink(missing_ok=True)):
+    with full_disk_told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text)
-        sync_file(temporary)
-    temporary.replace(path)
-    sync_folder(path.parent)
+        replace_file(path, text.encode())
 
 
 def copy_durably(source: Path, target: Path) -> None:
@@ -89,8 +86,7 @@ def copy_durably(source: Path, target: Path) -> None:
     with full_disk_told(target, take_back=lambda: shutil.rmtree(temporary, ignore_errors=True)):
         _copy_files(source, temporary)
     shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
-    sync_folder(target.parent)
+    move_into_place(temporary, target)
 
 
 def _copy_files(source: Path, target: Path) -> None:
@@ -98,5 +94,4 @@ def _copy_files(source: Path, target: Path) -> None:
     for path in source.iterdir():
         if path.is_file():
             shutil.copyfile(path, target / path.name)
-            sync_file(target / path.name)
-    sync_folder(target)
+            sync(target / path.name)

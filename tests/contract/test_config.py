@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from services.contract.config import Config, ConfigError, dump_config, load_config
+from services.contract.config import Config, ConfigError, dump_config, load_config, save_config, show_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -164,15 +164,55 @@ def test_a_password_in_the_file_is_refused_without_repeating_it(tmp_path: Path) 
     assert "FORAGE_REDIS__PASSWORD" in told and "hush" not in told
 
 
-def test_secrets_are_masked_wherever_a_configuration_is_shown() -> None:
+def test_a_secret_is_never_shown_and_that_it_is_set_is() -> None:
     config = load_config(None, {"FORAGE_REDIS__PASSWORD": "hush"})
-    assert dump_config(config)["redis"]["password"] == "**********"
-    assert "hush" not in f"{dump_config(config)} {config} {config!r}"
+    assert "password" not in dump_config(config)["redis"]
+    assert "hush" not in f"{dump_config(config)} {show_config(config)} {config} {config!r}"
+    assert "# redis.password is set; it comes from the environment only (FORAGE_REDIS__PASSWORD)" in show_config(config)
 
 
-def test_a_dump_reads_back_as_the_same_configuration() -> None:
-    config = load_config(CONFIGS / "smoke.toml", {})
-    assert Config.model_validate(dump_config(config)) == config
+SHOWN = {
+    "nothing": "",
+    "turns as slime counts them": '[rollout]\nturn_semantics = "slime"\nmax_turns = 4',
+    "a layout of one's own": r"""
+[rollout]
+observation_template = "\n\n<information>\"{passages}\"</information>\n"
+passage_template = '{number} {text}'
+""",
+    "tables of questions": """
+[data]
+source = "folder"
+corpus = "hub:search-r1/wiki-18"
+mix = {nq = 2, hotpotqa = 0.5}
+[[data.train_questions]]
+path = "mine.csv"
+columns = {question = "q", golden_answers = "a"}
+limit = 3
+""",
+    "engines elsewhere": '[rollout.engine]\nurls = ["http://a:1", "http://b:2"]\nrouter = "http://r:3"\nextra_args = ["--a", "1"]',
+    "a reward of one's own": '[reward]\nfunction = "mine:score"',
+    "awkward text": """[data]\nsystem = "a \\"quote\\", a \\\\ and a\\nline of ünï"\n[run]\nname = "007\"""",
+}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)
+def test_what_is_shown_of_a_shipped_configuration_reads_back_as_the_same(tmp_path: Path, path: Path) -> None:
+    config = load_config(path, {})
+    assert load_config(written(tmp_path, show_config(config)), {}) == config
+
+
+@pytest.mark.parametrize("text", SHOWN.values(), ids=SHOWN.keys())
+def test_what_is_shown_and_what_is_saved_read_back_as_the_same(tmp_path: Path, text: str) -> None:
+    config = load_config(written(tmp_path, text), {"FORAGE_REDIS__URL": "redis://elsewhere:1"})
+    assert load_config(written(tmp_path, show_config(config)), {}) == config
+    save_config(config, tmp_path / "saved.toml")
+    assert load_config(tmp_path / "saved.toml", {}) == config
+
+
+def test_what_is_shown_with_a_secret_reads_back(tmp_path: Path) -> None:
+    environment = {"FORAGE_REDIS__PASSWORD": "hush"}
+    config = load_config(None, environment)
+    assert load_config(written(tmp_path, show_config(config)), environment) == config
 
 
 def test_a_missing_file_and_a_broken_one_are_told_apart(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_the_check_fails_when_the_heartbeat_is_old(tmp_path: Path) -> None:
     past = time.time() - 100
     os.utime(tmp_path / "beat", (past, past))
     checked = check(tmp_path / "beat", 60)
-    assert checked.returncode == 1 and re.search(r"last heartbeat 100 s ago \(step 3 of 20\)", checked.stderr)
+    assert checked.returncode == 1 and re.search(r"last heartbeat 1\d\d s ago \(step 3 of 20\)", checked.stderr)
 
 
 def test_a_beat_makes_its_folder_and_leaves_one_file(tmp_path: Path) -> None:

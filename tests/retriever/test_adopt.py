@@ -16,9 +16,9 @@ from services.retriever.adopt import import_index
 from services.retriever.build import build_index
 from services.retriever.check import check_index, sample_problems
 from services.retriever.corpus import Corpus
-from services.retriever.encoder import HashingEncoder
 from services.retriever.errors import IndexMismatch, RetrieverError
 from services.retriever.flat_file import write_flat
+from services.retriever.hashing import HashingEncoder
 from services.retriever.index import FaissIndex, fill_index
 from tests.retriever.conftest import first_row, load, make_config, passage, query, with_settings, write_corpus
 
@@ -65,9 +65,9 @@ def test_import_and_build_give_the_same_index(config: Config, published: Path, t
     assert build_index(other).index_sha256 == json.loads((config.data.index_folder / "manifest.json").read_text())["index_sha256"]
 
 
-@pytest.mark.parametrize("size", [20, 45, 100_000, 200_001])
+@pytest.mark.parametrize("size", [4500, 100_000, 200_001])
 def test_parts_are_joined_in_order(config: Config, published: Path, size: int) -> None:
-    import_index(config, split(published, max(size, 4500)) if size < 4500 else split(published, size))
+    import_index(config, split(published, size))
     assert (config.data.index_folder / "index.faiss").read_bytes() == published.read_bytes()
     assert first_row(load(config), query(3)) == 3
 
@@ -76,6 +76,29 @@ def naming(config: Config, index: Path) -> Config:
     """`data.index` is that file or folder."""
     data = config.data.model_copy(update={"source": "folder", "index": index})
     return config.model_copy(update={"data": data})
+
+
+@pytest.mark.parametrize("remove", [False, True])
+def test_parts_go_only_when_that_is_asked_for(config: Config, published: Path, remove: bool) -> None:
+    first, *others = split(published, 100_000)
+    cached = first.rename(first.with_name("blob"))  # as a hub's cache has it
+    first.symlink_to(cached)
+    import_index(config, [first, *others], remove_parts=remove)
+    assert {path.exists() for path in (first, cached, *others)} == {not remove}
+    assert check_index(config) == []
+
+
+def test_an_index_that_is_imported_over_itself_is_not_removed(config: Config, published: Path) -> None:
+    import_index(config, [published])
+    import_index(config, [config.data.index_folder / "index.faiss"], remove_parts=True)
+    assert check_index(config) == []
+
+
+def test_parts_of_an_import_that_is_refused_stay(config: Config, published: Path) -> None:
+    parts = split(published, 100_000)
+    with pytest.raises(IndexMismatch):
+        import_index(config, parts[:-1], remove_parts=True)
+    assert all(part.exists() for part in parts)
 
 
 def test_build_adopts_the_index_that_the_configuration_names(config: Config, published: Path) -> None:
@@ -209,12 +232,12 @@ def test_corpus_digest_is_read_even_when_its_time_stamp_is_the_same(config: Conf
 
 def test_manifest_that_vouches_for_wrong_vectors_is_found_out(config: Config) -> None:
     """Digest and counts agree with a manifest that was made for the wrong file; only the sample tells."""
-    from services.retriever.files import sha256
+    from services.contract.files import file_digest
 
     build_index(config)
     index = config.data.index_folder / "index.faiss"
     write_flat(index, embeddings()[::-1])
-    edit_manifest(config, index_sha256=sha256(index))
+    edit_manifest(config, index_sha256=file_digest(index))
     (problem,) = check_index(config)
     assert problem.startswith("vectors: ")
 

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-import tomli_w
 from pydantic import ValidationError
 
-from services.contract.config import Config, dump_config
+from services.contract.config import Config, show_config
 from services.contract.config.retriever import Bm25Config
 from services.retriever.bm25_build import bm25_folder, buffer_mb, build_bm25, lucene_folder
 from services.retriever.errors import CorpusError, IndexMismatch, RetrieverError
@@ -162,7 +161,7 @@ def test_killed_build_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     corpus = [{**passage(row), "contents": passage(row)["contents"] + f" n{row}" * 50} for row in range(20_000)]
     write_corpus(config.data.corpus_path, corpus)
     settings = tmp_path / "run.toml"
-    settings.write_text(tomli_w.dumps(dump_config(config)))
+    settings.write_text(show_config(config))
     command = [sys.executable, "-m", "services.retriever", "index", "build", "--config", str(settings)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     part = bm25_folder(config) / "lucene.part"
@@ -187,7 +186,7 @@ def until_or_end(process: subprocess.Popen[str], true: Callable[[], bool]) -> No
 def test_a_heap_that_is_too_small_ends_the_build_and_does_not_hang_it(tmp_path: Path) -> None:
     config = configure(tmp_path / "data", rows=20_000, bm25={"heap": "8m"})
     settings = tmp_path / "run.toml"
-    settings.write_text(tomli_w.dumps(dump_config(config)))
+    settings.write_text(show_config(config))
     command = [sys.executable, "-m", "services.retriever", "index", "build", "--config", str(settings)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert ended.returncode == 3
@@ -231,7 +230,7 @@ def heed_permissions() -> None:
 
 def test_a_read_only_folder_is_served(copy: Config, tmp_path: Path) -> None:
     settings = tmp_path / "run.toml"
-    settings.write_text(tomli_w.dumps(dump_config(copy)))
+    settings.write_text(show_config(copy))
     folders = [path for path in [copy.data.directory, *copy.data.directory.rglob("*")] if path.is_dir()]
     for folder in folders:
         folder.chmod(0o555)
@@ -255,7 +254,7 @@ def test_only_a_process_that_serves_bm25_starts_java() -> None:
 def test_command_line_builds_serves_and_ends_at_sigterm(tmp_path: Path) -> None:
     """Java would answer SIGTERM itself, with 143 and nothing shut down, were it not told to keep out."""
     settings = tmp_path / "run.toml"
-    settings.write_text(tomli_w.dumps(dump_config(configure(tmp_path / "data"))))
+    settings.write_text(show_config(configure(tmp_path / "data")))
     command = [sys.executable, "-m", "services.retriever"]
     built = subprocess.run([*command, "index", "build", "--config", str(settings)], capture_output=True, text=True, timeout=240)
     assert built.returncode == 0, built.stderr

@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tomli_w
 
-from services.contract.config import Config, dump_config
+from services.contract.config import Config, show_config
 from services.retriever.build import build_index
-from services.retriever.encoder import HashingEncoder
 from services.retriever.errors import CorpusError, IndexMismatch, RetrieverError
 from services.retriever.files import sole_writer
+from services.retriever.hashing import HashingEncoder
 from tests.retriever.conftest import first_row, load, make_config, passage, query, with_settings, write_corpus
 
 
@@ -185,7 +184,7 @@ def test_full_disk_is_told_and_leaves_nothing_that_looks_whole(tmp_path: Path, l
         "from services.retriever.__main__ import main; main()"
     )
     path = tmp_path / "run.toml"
-    path.write_text(tomli_w.dumps(dump_config(config)))
+    path.write_text(show_config(config))
     ended = subprocess.run([sys.executable, "-c", script, "index", "build", "--config", str(path)], capture_output=True, text=True)
     assert ended.returncode == 1
     assert says in ended.stderr

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tomli_w
 
-from services.contract.config import Config, dump_config
+from services.contract.config import Config, show_config
+from services.retriever.batches import Plan
 from services.retriever.build import build_index
 from services.retriever.corpus import Corpus
-from services.retriever.embed import Plan
-from services.retriever.encoder import HashingEncoder, describe_encoder
+from services.retriever.encoder import describe_encoder
 from services.retriever.errors import IndexMismatch, RetrieverError
+from services.retriever.hashing import HashingEncoder
 from services.retriever.workers import encode_in_workers
 from tests.retriever.conftest import load, make_config, passage, query, until, with_settings, write_corpus
 
@@ -38,7 +38,7 @@ def write_lengths(path: Path, lengths: np.ndarray) -> Corpus:
 
 
 def test_plan_covers_every_row_once_and_is_repeatable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.retriever.embed.WINDOW_ROWS", 256)
+    monkeypatch.setattr("services.retriever.batches.WINDOW_ROWS", 256)
     lengths = np.random.default_rng(0).integers(10, 1000, 777)
     corpus = write_lengths(tmp_path / "corpus.jsonl", lengths)
     plan, again = Plan(corpus), Plan(corpus)
@@ -51,7 +51,7 @@ def test_plan_covers_every_row_once_and_is_repeatable(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("together", [1, 3])
 def test_tasks_are_the_batches_that_are_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int) -> None:
-    monkeypatch.setattr("services.retriever.embed.WINDOW_ROWS", 256)
+    monkeypatch.setattr("services.retriever.batches.WINDOW_ROWS", 256)
     plan = Plan(write_lengths(tmp_path / "corpus.jsonl", np.full(777, 20)))
     done = np.zeros(13, bool)
     done[[0, 5, 12]] = True
@@ -81,7 +81,7 @@ def test_kill_while_encoding_leaves_nothing_whole_and_is_resumed(tmp_path: Path,
 def kill_after_batches(config: Config, batches: int) -> None:
     """Start the real command and SIGKILL it in the middle of encoding."""
     path = config.data.directory / "run.toml"
-    path.write_text(tomli_w.dumps(dump_config(config)))
+    path.write_text(show_config(config))
     command = [sys.executable, "-m", "services.retriever", "index", "build", "--config", str(path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while not (config.data.index_folder / "embeddings.npy.part").exists() or batches_done(config) < batches:

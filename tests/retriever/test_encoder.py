@@ -15,17 +15,10 @@ from services.contract.config import Config, RetrieverConfig
 from services.retriever.build import build_index
 from services.retriever.check import check_index
 from services.retriever.corpus import Corpus
-from services.retriever.encoder import (
-    FAMILIES,
-    HashingEncoder,
-    Role,
-    describe_encoder,
-    describe_encoders,
-    folder_digest,
-    infer_family,
-    load_encoder,
-)
+from services.retriever.encoder import describe_encoder, describe_encoders, folder_digest, load_encoder
 from services.retriever.errors import IndexMismatch, RetrieverError
+from services.retriever.families import FAMILIES, Role, infer_family
+from services.retriever.hashing import HashingEncoder
 from services.retriever.transformer import TransformerEncoder
 from tests.retriever import tiny_models
 from tests.retriever.conftest import load, make_config, with_settings

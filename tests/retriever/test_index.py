@@ -12,12 +12,17 @@ from services.contract.config import Config, ConfigError, load_config
 from services.retriever.errors import IndexMismatch, RetrieverError
 from services.retriever.flat_file import chunks, map_flat, write_flat
 from services.retriever.index import FaissIndex, fill_index, new_index, set_search
-from services.retriever.shards import cpu_piece, load_sharded
+from services.retriever.shards import load_sharded
 
 
 def vectors(rows: int, dimension: int = 16) -> np.ndarray:
     made = np.random.default_rng(1).normal(size=(rows, dimension)).astype(np.float32)
     return made / np.linalg.norm(made, axis=1, keepdims=True)
+
+
+def cpu_piece(dimension: int, device: int) -> faiss.Index:
+    """The stand-in for a GPU's piece: float16 on the CPU."""
+    return faiss.IndexScalarQuantizer(dimension, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
 
 
 def test_flat_gives_exact_inner_products_best_first() -> None:

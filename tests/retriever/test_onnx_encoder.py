@@ -12,8 +12,9 @@ from pydantic import ValidationError
 
 from services.contract.config import Config, RetrieverConfig
 from services.retriever import onnx_export
-from services.retriever.encoder import EncoderDescription, describe_encoder, load_encoder
+from services.retriever.encoder import describe_encoder, load_encoder
 from services.retriever.errors import RetrieverError
+from services.retriever.families import EncoderDescription
 from services.retriever.onnx_encoder import ExportFailed
 from tests.retriever import tiny_models
 

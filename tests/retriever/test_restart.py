@@ -9,9 +9,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import tomli_w
-
-from services.contract.config import RolloutConfig, dump_config
+from services.contract.config import RolloutConfig, show_config
 from services.retriever.build import build_index
 from services.rollout.retrieval import Retriever
 from tests.conftest import free_port
@@ -24,7 +22,7 @@ async def test_killed_under_load_no_client_sees_a_wrong_answer(tmp_path: Path) -
     config = make_config(tmp_path / "data", cache_size=0)
     build_index(config)
     path, port = tmp_path / "run.toml", free_port()
-    path.write_text(tomli_w.dumps(dump_config(config)))
+    path.write_text(show_config(config))
     command = [sys.executable, "-m", "services.retriever", "serve", "--config", str(path), "--port", str(port)]
     answered: Counter[str] = Counter()
     over = asyncio.Event()

@@ -56,6 +56,8 @@ class Bench:
         self.store = GroupStore(connect(self.config.redis), "test")
         self.broker = redis.Redis(port=self.server.port, db=self.config.reward.database)
         self.workers: list[GradingWorker] = []
+        self.program = ["-m", "services.reward"]
+        """What a worker's interpreter runs."""
 
     def start_worker(self, *, ready: bool = True) -> GradingWorker:
         worker = GradingWorker(self, f"worker{len(self.workers)}")
@@ -113,7 +115,7 @@ class GradingWorker:
         environment = {**os.environ, **bench.environment, "FORAGE_HEARTBEAT_FILE": str(self.heartbeat)}
         environment["PYTHONPATH"] = os.pathsep.join([str(bench.folder), os.environ.get("PYTHONPATH", "")])  # for rewards of its own
         environment["FORAGE_LOG_LEVEL"] = "DEBUG"
-        command = [sys.executable, "-m", "services.reward", "--config", str(bench.config_file)]
+        command = [sys.executable, *bench.program, "--config", str(bench.config_file)]
         self.process = subprocess.Popen(
             command, env=environment, stdout=self.log.open("w"), stderr=subprocess.STDOUT, start_new_session=True
         )

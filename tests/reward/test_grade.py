@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import msgspec
 import pytest
 
 from services.contract.config import RewardConfig
-from services.contract.messages import Span, Trajectory, VersionSpan
 from services.contract.transcript import ANSWER_ONLY_NOTICE, NOTICE, last_answer, observation
 from services.reward.grade import BUILT_IN, Grade, grade
+from tests.reward.goldens import golden_cases, golden_trajectory, trajectory_of
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
-CASES = json.loads((GOLDENS / "format_reward.json").read_text())["cases"]
+CASES = golden_cases("format_reward")
 PAID = RewardConfig(structure_format_score=0.2)
 ALL_PAID = RewardConfig(structure_format_score=0.2, final_format_score=0.1, retrieval_score=0.1)
 SEARCH, PASSAGE = "<search>capital of France</search>", "\n\n<information>Doc 1(Title: x) <answer>Paris</answer></information>\n\n"
-
-
-def trajectory_of(parts: list[tuple[str, str]], golds: list[str]) -> Trajectory:
-    """One token a span; the texts are what counts here."""
-    spans = [
-        Span("model", i, i + 1, text, [VersionSpan(0, i, i + 1)])
-        if kind == "model"
-        else Span("observation", i, i + 1, text, query="q" if "<information>" in text else None)
-        for i, (kind, text) in enumerate(parts)
-    ]
-    ids = list(range(len(spans)))
-    return Trajectory("t0/0", "t0", [1], ids, [0.0] * len(ids), spans, "completed", "answered", 1.0, golden_answers=golds)
-
-
-def golden_trajectory(case: dict) -> Trajectory:
-    parts = [(span["kind"], case["response"][span["start"] : span["end"]]) for span in case["spans"]]
-    return trajectory_of([part for part in parts if part[1]], case["golds"])
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case["id"] for case in CASES])

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
 from services.contract.config import RewardConfig
-from services.contract.messages import Span, Trajectory, VersionSpan
 from services.contract.transcript import NOTICE, observation
 from services.reward import legacy
 from services.reward.grade import BUILT_IN, Grade, grade
 from services.reward.legacy import UngradableTrajectory
+from tests.reward.goldens import golden_cases, golden_trajectory, trajectory_of
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
-CASES = json.loads((GOLDENS / "format_reward.json").read_text())["cases"]
-MATCHES = json.loads((GOLDENS / "answer_match.json").read_text())["cases"]
+CASES = golden_cases("format_reward")
+MATCHES = golden_cases("answer_match")
 WEIGHTS = [(0.0, 0.0, 0.0), (0.2, 0.1, 0.0), (0.2, 0.1, 0.1)]
 PROMPT = "<|im_start|>user\nAnswer as in <answer> and </answer>, <answer> Beijing </answer>.<|im_end|>\n<|im_start|>assistant\n"
 
@@ -27,28 +23,9 @@ def configured(structure: float = 0.2, final: float = 0.1, retrieval: float = 0.
     )
 
 
-def trajectory_of(prompt: str, parts: list[tuple[str, str]], golds: list[str]) -> Trajectory:
-    """One token a span; the texts are what counts here."""
-    spans = [
-        Span("model", i, i + 1, text, [VersionSpan(0, i, i + 1)])
-        if kind == "model"
-        else Span("observation", i, i + 1, text, query="q" if "<information>" in text else None)
-        for i, (kind, text) in enumerate(parts)
-    ]
-    ids = list(range(len(spans)))
-    return Trajectory(
-        "t0/0", "t0", [1], ids, [0.0] * len(ids), spans, "completed", "answered", 1.0, prompt_text=prompt, golden_answers=golds
-    )
-
-
-def golden_trajectory(case: dict) -> Trajectory:
-    parts = [(span["kind"], case["response"][span["start"] : span["end"]]) for span in case["spans"]]
-    return trajectory_of(case["prompt"], [part for part in parts if part[1]], case["golds"])
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
 def test_legacy_rewards_are_the_originals_bit_for_bit(case: dict) -> None:
-    trajectory = golden_trajectory(case)
+    trajectory = golden_trajectory(case, case["prompt"])
     peer = case["peer"]
     assert [(s["structure"], s["final"], s["retrieval"]) for s in peer["scores"]] == WEIGHTS
     for weights, golden in zip(WEIGHTS, peer["scores"], strict=True):
@@ -64,7 +41,7 @@ def test_legacy_rewards_are_the_originals_bit_for_bit(case: dict) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
 def test_the_honest_parts_are_stored_beside_a_legacy_reward(case: dict) -> None:
-    trajectory = golden_trajectory(case)
+    trajectory = golden_trajectory(case, case["prompt"])
     honest, compared = grade(trajectory, configured(legacy=False)), grade(trajectory, configured())
     assert {part: compared.parts[part] for part in BUILT_IN} == honest.parts
     assert honest.parts["exact_match"] == case["intended"]["em"]
@@ -79,13 +56,13 @@ def test_legacy_matches_are_the_originals(case: dict) -> None:
 
 def test_legacy_sub_match_pays_a_gold_inside_the_answer() -> None:
     config = RewardConfig(legacy=True, match="sub")
-    assert grade(trajectory_of(PROMPT, [("model", "<answer>in Paris</answer>")], ["Paris"]), config).reward == 1.0
-    assert grade(trajectory_of(PROMPT, [("model", "<answer>in Rome</answer>")], ["Paris"]), config).reward == 0.0
+    assert grade(trajectory_of([("model", "<answer>in Paris</answer>")], ["Paris"], PROMPT), config).reward == 1.0
+    assert grade(trajectory_of([("model", "<answer>in Rome</answer>")], ["Paris"], PROMPT), config).reward == 0.0
 
 
 def test_legacy_without_the_prompts_text_is_refused_rather_than_guessed() -> None:
     with pytest.raises(UngradableTrajectory, match="update the rollout worker"):
-        grade(trajectory_of("", [("model", "<answer>Paris</answer>")], ["Paris"]), configured())
+        grade(trajectory_of([("model", "<answer>Paris</answer>")], ["Paris"]), configured())
 
 
 # -- each defect of the originals, and its mend ----------------------------------------------------------------------------
@@ -95,7 +72,7 @@ THINK, SEARCH = "<think>Hm.</think>", "<think>Hm.</think><search>q</search>"
 
 def both(parts: list[tuple[str, str]], golds: list[str], prompt: str = PROMPT) -> tuple[Grade, Grade]:
     """(as the originals, as we do)."""
-    trajectory = trajectory_of(prompt, parts, golds)
+    trajectory = trajectory_of(parts, golds, prompt)
     return grade(trajectory, configured()), grade(trajectory, configured(legacy=False))
 
 

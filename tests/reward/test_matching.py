@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.reward.matching import exact_match, f1, normalise, sub_match
+from tests.reward.goldens import golden_cases
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
-CASES = json.loads((GOLDENS / "answer_match.json").read_text())["cases"]
+CASES = golden_cases("answer_match")
 
 
 def golds_of(case: dict) -> list[str]:

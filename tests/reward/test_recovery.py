@@ -142,8 +142,18 @@ class Relay:
                 sink.shutdown(socket.SHUT_WR)
 
 
+IMPATIENT = """
+from services.contract import grading, store
+grading.BROKER_SILENCE_S = store.SILENCE_S = 3
+from services.reward.__main__ import main
+main()
+"""
+"""A worker that waits seconds for a silent Redis where others wait half a minute."""
+
+
 def test_a_broker_that_falls_silent_is_connected_to_anew(own_bench: Bench) -> None:
     bench = own_bench
+    bench.program = ["-c", IMPATIENT]
     relay = Relay(bench.server.port)
     bench.environment["FORAGE_REDIS__URL"] = f"redis://127.0.0.1:{relay.port}/0"
     worker = bench.start_worker()

@@ -16,14 +16,13 @@ from typing import Any
 import httpx
 import redis
 
-from services.contract.config import Config
+from services.contract.config import Config, show_config
 from services.contract.groups import ROLLOUT_GROUP, GroupStore
 from services.contract.policy import PolicyBoard, PolicyVersion
 from services.contract.store import connect
 from services.contract.telemetry import check_heartbeat
 from tests.conftest import RedisServer, free_port
 from tests.rollout.conftest import RUN, make_config
-from tests.rollout.test_process import to_toml
 
 PATIENCE_S = 120.0
 
@@ -68,7 +67,7 @@ class Suite:
         self.engine_url = engine_url or f"http://127.0.0.1:{self.ports['engine']}"
         self.retriever_url = f"http://127.0.0.1:{self.ports['retriever']}"
         self.config = self._configure(model, folder)
-        (folder / "run.toml").write_text(to_toml(self.config.model_dump(mode="json", exclude_none=True)))
+        (folder / "run.toml").write_text(show_config(self.config))
         client = connect(self.config.redis)
         self.store, self.board = GroupStore(client, RUN), PolicyBoard(client, RUN)
         self.broker = redis.Redis(port=self.server.port, db=self.config.reward.database)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from services.contract.config import show_config
 from services.contract.telemetry import check_heartbeat
 from tests.factories import make_group, make_sampling
 from tests.rollout.conftest import Bench
@@ -28,7 +27,7 @@ class Service:
     def __init__(self, bench: Bench, folder: Path) -> None:
         self.heartbeat, self.log = folder / "heartbeat", folder / "log"
         config = folder / "run.toml"
-        config.write_text(to_toml(bench.configure(shutdown_grace_s=1.0, concurrency=2).model_dump(mode="json", exclude_none=True)))
+        config.write_text(show_config(bench.configure(shutdown_grace_s=1.0, concurrency=2)))
         environment = os.environ | {"FORAGE_HEARTBEAT_FILE": str(self.heartbeat), "OMP_NUM_THREADS": "1"}
         with self.log.open("wb") as output:
             command = [sys.executable, "-m", "services.rollout", "--config", str(config)]
@@ -44,15 +43,6 @@ class Service:
     def descendants(self) -> list[int]:
         """Every process that the service has started, by the sessions it opened."""
         return [pid for pid in _running() if _parent_chain_has(pid, self.process.pid)]
-
-
-def to_toml(values: dict[str, Any], path: str = "") -> str:
-    plain = {key: value for key, value in values.items() if not isinstance(value, dict)}
-    text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in plain.items())
-    for key, value in values.items():
-        if isinstance(value, dict):
-            text += f"\n[{path}{key}]\n" + to_toml(value, f"{path}{key}.")
-    return text
 
 
 def _running() -> Iterator[int]:

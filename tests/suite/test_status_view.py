@@ -9,14 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.contract.accounts import Accounts
 from services.contract.config import Config
-from services.contract.groups import Accounts
 from services.suite.attention import file_attention, redis_attention
 from services.suite.observe import DeadReason, Engine, Event, Queues, Server, Snapshot
 from services.suite.run_files import Part, Progress
 from services.suite.speed import Speed
-from services.suite.status import Status
-from services.suite.status_view import render, sparkline
+from services.suite.status_view import Status, render, sparkline
 from services.suite.text import one_line, visible
 from tests.suite.conftest import drawn
 

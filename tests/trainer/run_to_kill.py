@@ -15,17 +15,18 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import tomli_w
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from services.contract.config import Config, RedisConfig
-from services.contract.groups import Accounts, GroupStore, Lease
+from services.contract.accounts import Accounts
+from services.contract.config import Config, RedisConfig, show_config
+from services.contract.groups import GroupStore, Lease
 from services.contract.messages import PromptGroup, Span, Trajectory, VersionSpan
 from services.contract.policy import PolicyBoard, PolicyVersion
 from services.contract.store import connect
@@ -103,6 +104,8 @@ class StandIn(threading.Thread):
         """Training groups."""
         self.before_playing: Callable[[], object] = lambda: None
         """Called when a training group is taken, and counted."""
+        self.takes: Callable[[PromptGroup], bool] = lambda group: True
+        """Called with every group that is leased; one that is not taken goes back and is offered again."""
 
     def run(self) -> None:
         while not self.over.is_set():
@@ -110,6 +113,10 @@ class StandIn(threading.Thread):
                 self._play(lease)
 
     def _play(self, lease: Lease) -> None:
+        if not self.takes(lease.group):
+            self.store.hand_back(lease)
+            time.sleep(0.05)  # it is offered again at once
+            return
         policy = self.board.current()
         assert policy and policy.version >= lease.group.issued_version, "a group was fed for a version that is not served"
         if lease.group.purpose == "train":
@@ -204,7 +211,7 @@ class RunToKill:
         self.nursery, self.config = nursery, config
         self.folder = config.run.folder
         self.toml, self.log = own / "run.toml", own / "log"
-        self.toml.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+        self.toml.write_text(show_config(config))
         self.stand_in = StandIn(config)
         self.stand_in.start()
 
@@ -219,14 +226,14 @@ class RunToKill:
         return self.outcome()
 
     def outcome(self) -> Outcome:
-        steps = [_json_lines(path) for path in sorted((self.folder / "transcripts").glob("step*.jsonl"))]
+        steps = [json_lines(path) for path in sorted((self.folder / "transcripts").glob("step*.jsonl"))]
         found = Checkpoints(self.folder / "checkpoints", keep=2).latest()
         assert found
         return Outcome(
             weights=hashlib.sha256((self.folder / "final" / "model.safetensors").read_bytes()).hexdigest(),
             trained=[sorted({row["id"].split("/")[0] for row in rows}) for rows in steps],
             answers=[(row["id"], row["reward"]) for rows in steps for row in rows],
-            rows=[{k: v for k, v in row.items() if not TIMES.fullmatch(k)} for row in _json_lines(self.folder / "metrics.jsonl")],
+            rows=[{k: v for k, v in row.items() if not TIMES.fullmatch(k)} for row in json_lines(self.folder / "metrics.jsonl")],
             ledger=found[1],
             accounts=self.stand_in.store.accounts(),
         )
@@ -243,5 +250,5 @@ class RunToKill:
         self.stand_in.stop()
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
+def json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]

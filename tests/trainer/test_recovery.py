@@ -13,9 +13,21 @@ from pathlib import Path
 
 import pytest
 
+from services.contract.messages import PromptGroup
 from services.trainer.checkpoints import Checkpoints
 from tests.conftest import RedisServer
-from tests.trainer.run_to_kill import GROUPS, SAMPLES, STEPS, Nursery, Outcome, RunToKill, make_config, write_inputs
+from tests.trainer.run_to_kill import (
+    GROUPS,
+    HELD_OUT,
+    SAMPLES,
+    STEPS,
+    Nursery,
+    Outcome,
+    RunToKill,
+    json_lines,
+    make_config,
+    write_inputs,
+)
 from tests.trainer.trainer_nursery import Point
 
 EVERY_GROUP = [[f"t{step * GROUPS + place:08d}" for place in range(GROUPS)] for step in range(STEPS)]
@@ -29,6 +41,7 @@ IN_STEP_2, AT_THE_CHECKPOINT = Point(PUBLISH, 3), Point(CHECKPOINT, 5)
 
 LOAD = "services.trainer.collect:Collector._load"
 FEED_ONE, NEXT_BATCH = "services.trainer.batch:Batches._feed_one", "services.trainer.batch:Batches.next_batch"
+KEEP = "services.trainer.answer_book:AnswerBook.keep"
 SAVE = "services.trainer.megatron.learner:Learner.save"
 
 CELLS: dict[str, list[Point]] = {
@@ -118,6 +131,41 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(
     killed = time.monotonic()
     check(run, run.finish(), never_killed)
     print(f"killed after {killed - started:.1f} s, ended {time.monotonic() - killed:.1f} s later")
+
+
+def test_killed_in_an_evaluation_beside_training_it_asks_for_nothing_twice(
+    make_run: Callable[..., RunToKill], never_killed: Outcome
+) -> None:
+    """Of the evaluation of step 1 one answer is in its file, not released, the other has not come; that of step 2 is fed."""
+    run = make_run(eval_waits=False, eval_every=1, checkpoint_every=1)
+    asked: Counter[str] = Counter()
+    killed = threading.Event()
+
+    def takes(group: PromptGroup) -> bool:
+        first = group.group_id.startswith("e-step1-")
+        too_early = run.stand_in.played <= GROUPS  # step 2 is played once a checkpoint lists the evaluation
+        if first and not killed.is_set() and (too_early or not group.group_id.endswith("-00000")):
+            return False
+        asked[group.group_id] += 1
+        return True
+
+    run.stand_in.takes = takes
+    assert run.start(Point(KEEP, 2 * HELD_OUT + 1, "after")) == [-9], run.log.read_text()[-4000:]
+    file = run.folder / "evaluations" / "step1-step000001.jsonl"
+    written = json_lines(file)
+    assert [row["id"] for row in written] == [group_id + "/0" for group_id in asked if group_id.startswith("e-step1-")]
+    killed.set()
+    outcome = run.finish()
+    assert json_lines(file)[0] == written[0]
+    of_step_1 = {group_id: times for group_id, times in asked.items() if group_id.startswith("e-step1-")}
+    assert list(of_step_1.values()) == [1] * HELD_OUT, "what was answered before the kill is not asked again"
+    assert sorted(row["id"] for row in json_lines(file)) == sorted(group_id + "/0" for group_id in of_step_1)
+    assert [(e.label, e.questions, e.lost) for e in sorted(outcome.ledger.evaluations, key=lambda e: e.step)] == [
+        (label, HELD_OUT, 0) for label in ("start", "warm", "step1", "step2", "grpo")
+    ]
+    assert (outcome.trained, outcome.weights) == (EVERY_GROUP, never_killed.weights)
+    outcome.accounts.check()
+    assert outcome.accounts.fed == outcome.accounts.released and run.bodies() == []
 
 
 def test_a_stop_saves_what_was_learned(make_run: Callable[..., RunToKill], never_killed: Outcome) -> None:

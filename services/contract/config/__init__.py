@@ -2,7 +2,7 @@
 
 from services.contract.config.base import ConfigError, Section
 from services.contract.config.data import Columns, DataConfig, QuestionFile, hub_name, mix_problem
-from services.contract.config.load import Config, dump_config, load_config, save_config
+from services.contract.config.load import Config, dump_config, load_config, save_config, show_config
 from services.contract.config.objective import ObjectiveConfig
 from services.contract.config.retriever import RetrieverConfig
 from services.contract.config.reward import RewardConfig
@@ -33,4 +33,5 @@ __all__ = [
     "load_config",
     "mix_problem",
     "save_config",
+    "show_config",
 ]

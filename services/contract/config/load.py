@@ -115,8 +115,7 @@ def load_config(path: Path | str | None, environment: Mapping[str, str] | None =
     environment = os.environ if environment is None else environment
     values = _read_toml(Path(path)) if path else {}
     for key in _secrets(values, Config):
-        name = PREFIX + key.upper().replace(".", "__")
-        raise ConfigError(f"{key} stands in the file: secrets come from the environment only ({name})")
+        raise ConfigError(f"{key} stands in the file: secrets come from the environment only ({_variable(key)})")
     for name, text in environment.items():
         if name.startswith(PREFIX) and name not in NOT_SETTINGS:
             _set(values, name, text)
@@ -188,18 +187,34 @@ def _types(model: Any, names: list[str]) -> set[Any]:
 def save_config(config: Config, path: Path) -> None:
     """Write what file and environment have set, as a file that `load_config` reads back; secrets are left out.
 
-    Defaults are not written: some keys may not even be named beside others (`rollout.max_searches` beside `max_turns`).
+    Defaults are not written, so that a later version, which may have no such key any more, reads the file still.
     """
-    values = config.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+    path.write_bytes(msgspec.toml.encode(_without_secrets(config.model_dump(mode="json", exclude_none=True, exclude_unset=True))))
+
+
+def dump_config(config: Config) -> dict[str, Any]:
+    """The resolved run as plain data, without secrets and None (TOML has no null); `Config.model_validate` makes the same of it."""
+    return _without_secrets(config.model_dump(mode="json", exclude_none=True))
+
+
+def show_config(config: Config) -> str:
+    """The resolved run as TOML that `load_config` reads back; of a secret, a comment that it is set."""
+    secrets = _secrets(config.model_dump(mode="json", exclude_none=True), Config)
+    lines = [f"# {key} is set; it comes from the environment only ({_variable(key)})\n" for key in secrets]
+    return "".join(lines) + msgspec.toml.encode(dump_config(config)).decode()
+
+
+def _without_secrets(values: dict[str, Any]) -> dict[str, Any]:
+    """`values`, changed in place."""
     for key in _secrets(values, Config):
         *sections, name = key.split(".")
         holder = values
         for section in sections:
             holder = holder[section]
         del holder[name]
-    path.write_bytes(msgspec.toml.encode(values))
+    return values
 
 
-def dump_config(config: Config) -> dict[str, Any]:
-    """The resolved run as plain data, secrets masked, None left out (TOML has no null)."""
-    return config.model_dump(mode="json", exclude_none=True)
+def _variable(key: str) -> str:
+    """trainer.learning_rate -> FORAGE_TRAINER__LEARNING_RATE."""
+    return PREFIX + key.upper().replace(".", "__")

@@ -47,6 +47,7 @@ class ObjectiveConfig(Section):
     """Mean over each rollout's model tokens, then over rollouts; mean over all model tokens of the batch (DAPO); or sum over
     tokens divided by rollouts × `fixed_length` (Dr. GRPO)."""
     fixed_length: Positive | None = None
+    """Only with `aggregate = "fixed_length"`; in tokens."""
     epochs: Positive = 1
     """Passes over each batch."""
     minibatches: Positive = 1
@@ -61,6 +62,7 @@ class ObjectiveConfig(Section):
     kl_unbiased: bool = False
     """Weigh the KL in the loss by the ratio to the old policy, so that its gradient is unbiased too."""
     kl_in: Literal["loss", "reward"] = "loss"
+    """Where the KL is taken off: in the loss, or from the rewards before the advantages."""
     reference_every: NonNegative = 0
     """The policy becomes its own reference after so many steps, again and again; 0 keeps the first one."""
     entropy_coef: Annotated[float, Field(ge=0)] = 0.0
@@ -73,6 +75,7 @@ class ObjectiveConfig(Section):
     """Of which ratio: each token's, their product over the sequence, or its geometric mean."""
     importance_low: Annotated[float, Field(ge=0)] = 0.0
     importance_high: Annotated[float, Field(gt=0)] = 2.0
+    """Bounds of the ratio for `importance`."""
     importance_normalize: bool = False
     """Divide the weights by their mean over the batch."""
     reject_level: Literal["none", "token", "sequence", "geometric"] = "none"
@@ -92,6 +95,7 @@ class ObjectiveConfig(Section):
     overlong_buffer: NonNegative = 0
     """The penalty grows from 0 over so many tokens before that."""
     overlong_penalty: Annotated[float, Field(gt=0)] = 1.0
+    """Taken off the reward at `overlong_tokens`."""
 
     @property
     def kl_in_loss(self) -> bool:

@@ -43,6 +43,7 @@ class RerankConfig(Section):
     always: bool = True
     """Whether requests that do not say `rerank` are reranked."""
     max_tokens: Positive = 512
+    """Query and passage together; what is too long loses its end, the longer of the two first."""
 
 
 class WebConfig(Section):
@@ -53,6 +54,7 @@ class WebConfig(Section):
     url: str | None = None
     """None: the provider's own address."""
     api_key: SecretStr | None = None
+    """Only from the environment: FORAGE_RETRIEVER__WEB__API_KEY."""
     engine_id: str | None = None
     """Google Custom Search: the `cx` of the search engine."""
     engine: str = "google"
@@ -74,6 +76,7 @@ class WebConfig(Section):
     cache_size: NonNegative = 20_000
     """Pages of results kept (each was paid for), and as many passages of fetched pages."""
     cache_ttl_s: Annotated[float, Field(ge=0)] = 86_400
+    """How long they are kept; 0 keeps nothing."""
     pages: bool = False
     """Fetch the pages that were found and return their text around the snippet; otherwise the snippets alone."""
     page_chars: Positive = 2000
@@ -84,7 +87,9 @@ class WebConfig(Section):
     """One page, from connecting to the last byte, redirects included; a page that is not there by then is replaced by its
     snippet. Waiting for a free place is not counted."""
     page_redirects: NonNegative = 5
+    """Most that are followed to a page; each address is checked like the first."""
     page_ports: list[Annotated[int, Field(ge=1, le=65535)]] = [80, 443]
+    """Pages at other ports are refused."""
     page_concurrency: Positive = 64
     """Page fetches under way."""
     pages_per_host: Positive = 2
@@ -107,6 +112,7 @@ class RetrieverConfig(Section):
     url: str = "http://127.0.0.1:8000"
     """Where the rollout workers find the service."""
     host: str = "127.0.0.1"
+    """Where the service listens."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     backends: Annotated[list[BackendName], Field(min_length=1)] = ["dense"]
     """What is served; the first answers requests that do not say. Only what is named is loaded (`hybrid` needs dense and bm25)."""
@@ -125,6 +131,7 @@ class RetrieverConfig(Section):
     """What computes the vectors. `auto`: ONNX Runtime on a CPU in float32, where the model can be exported (the same vectors, in
     less time), torch elsewhere. `onnx-int8` halves the time again and costs a little recall: see docs/retriever.md."""
     encoder_max_tokens: Positive = 256
+    """Of a query or a passage with its prefix; a longer one is cut."""
     index_factory: str = "Flat"
     """A FAISS index_factory string; inner product."""
     index_search: str = ""
@@ -137,9 +144,11 @@ class RetrieverConfig(Section):
     topk: Positive = 3
     """Passages per query when the request does not say."""
     max_topk: Positive = 100
+    """Most passages that a request may ask for; beyond this, or one of the next two, it is answered 422."""
     max_queries: Positive = 512
     """Queries in one request."""
     max_query_chars: Positive = 4000
+    """Characters of one query."""
     max_batch: Positive = 64
     """Queries encoded and searched together."""
     batch_wait_ms: Annotated[float, Field(ge=0)] = 4.0

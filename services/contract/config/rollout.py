@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from services.contract.config.base import NonNegative, Positive, Seconds, Section
 from services.contract.transcript import SEARCH_R1, Layout, layout_problems
@@ -33,11 +33,13 @@ class EngineConfig(Section):
     """Tokens in the KV cache."""
     tensor_parallel: Positive = 1
     start_timeout_s: Seconds = 600
+    """How long an engine may take to answer for the first time."""
     max_running_requests: NonNegative = 0
     """Requests decoded together; others wait in the engine. 0: as many as `rollout.concurrency`."""
     chunked_prefill_tokens: NonNegative = 0
     """Prompt tokens in one prefill step; running requests wait for it. 0 leaves the choice to SGLang."""
     health_interval_s: Seconds = 10
+    """An engine that has answered nothing for so long is asked for one token."""
     health_timeout_s: Seconds = 60
     """How long an engine that has answered nothing for `health_interval_s` may take for one token."""
     health_failures: Positive = 3
@@ -95,6 +97,7 @@ class RolloutConfig(Section):
     slow_engine_tokens_per_s: Annotated[float, Field(gt=0)] = 1.0
     """A late episode that was sampled more slowly than this is the engine's fault: it is played again, not trained on."""
     topk: Positive = 3
+    """Passages a search brings."""
     passage_template: str = SEARCH_R1.passage
     """How one passage is shown; may hold {number}, {title} and must hold {text}."""
     observation_template: str = SEARCH_R1.whole
@@ -107,12 +110,15 @@ class RolloutConfig(Section):
     """What becomes of a group that is late: a failed attempt, played again (`retry`); or it goes to the trainer with the samples
     it has, at least two, and the missing ones count as failed (`release`)."""
     max_attempts: Positive = 3
+    """A group that engine or retriever has failed so often is given up."""
     request_timeout_s: Seconds = 300
     """Of one turn at the engine."""
     generation_retries: NonNegative = 3
     """A turn that the engine failed is asked for again so often. Waiting for an engine that starts or updates costs none."""
     retrieval_timeout_s: Seconds = 30
+    """Of one request to the retriever."""
     retrieval_retries: NonNegative = 5
+    """After a failed request; then the group has failed."""
     shutdown_grace_s: Seconds = 20
     """After SIGTERM: time to finish running episodes before their groups are handed back."""
 
@@ -135,6 +141,14 @@ class RolloutConfig(Section):
         if slime and "max_searches" in self.model_fields_set:
             raise ValueError('rollout.max_searches does not count with rollout.turn_semantics = "slime": take it out')
         return self
+
+    @model_serializer(mode="wrap")
+    def _only_what_counts(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A dump is a configuration again, so it has no key that the rule above refuses."""
+        values = dump(self)
+        if self.turn_semantics == "slime":
+            values.pop("max_searches", None)
+        return values
 
     @model_validator(mode="after")
     def _observations_can_be_written(self) -> RolloutConfig:

@@ -17,6 +17,7 @@ class RunConfig(Section):
     directory: Path = Path("var/runs")
     """Checkpoints, metrics and the final model are written under `<directory>/<name>`."""
     seed: int = 0
+    """Of the order of questions and demonstrations, of which held-out questions are asked, and of a tiny model."""
     wandb: bool = False
     """Report to Weights & Biases too; needs the extra `wandb`. Its own variables count: WANDB_API_KEY, WANDB_MODE, WANDB_ENTITY."""
     wandb_project: str = "forage"

@@ -30,11 +30,14 @@ class TrainerConfig(Section):
     pipeline_parallel: Positive = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
     steps: NonNegative = 20
+    """Of GRPO. Each learns from one batch of groups and publishes a policy version."""
     groups_per_step: Positive = 8
+    """Questions in a batch."""
     samples_per_prompt: Positive = 6
     """1 only where the advantage needs no group: gae, reinforce_plus_plus, or a function of one's own."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     warmup_steps: NonNegative = 0
+    """The learning rate rises to its value over so many steps."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up: stay, or decay until `steps` steps are done."""
     min_learning_rate: Annotated[float, Field(ge=0)] = 0.0
@@ -45,6 +48,7 @@ class TrainerConfig(Section):
     adam_eps: Annotated[float, Field(gt=0)] = 1e-8
     """Added to the root of Adam's second average. A larger one keeps gradients near 0 from being blown up to full steps."""
     clip_grad: Annotated[float, Field(gt=0)] = 1.0
+    """Most that the gradient's norm may be; a longer gradient is scaled down."""
     max_tokens_per_microbatch: Positive = 2048
     """Rows are packed without padding into sequences of at most so many tokens; a longer row goes alone."""
     logits_chunk_mib: Positive = 256
@@ -62,6 +66,7 @@ class TrainerConfig(Section):
     collect_timeout_s: Seconds = 3600
     """No finished group for so long stops the run with a report of where the groups are."""
     checkpoint_every: Positive = 5
+    """Steps, of the warm start and of GRPO alike."""
     keep_checkpoints: Positive = 2
     """The last so many."""
     keep_every: NonNegative = 0
@@ -81,6 +86,7 @@ class TrainerConfig(Section):
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Where Prometheus reads /metrics of the trainer; 0 leaves it out."""
     distributed_timeout_s: Seconds = 1800
+    """A rank that waits for another one so long ends the run."""
     warm_start: WarmStartConfig = WarmStartConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
 

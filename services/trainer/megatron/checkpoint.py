@@ -57,7 +57,7 @@ def save(folder: Path, parts: Parts) -> None:
         filesystem_async._results_queue = queue.Queue()  # type: ignore[assignment]
         try:
             dist_checkpointing.save(state, str(folder))
-        except Exception as error:
+        except Exception as error:  # a full disk comes out of Megatron as an error of any kind
             if shutil.disk_usage(folder).free < FULL:
                 raise NoSpace(f"the disk of {folder} filled up while the checkpoint was written: free some space") from error
             raise

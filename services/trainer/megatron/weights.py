@@ -25,7 +25,9 @@ class WeightFolder:
             # Some folders say that the embeddings are not tied and yet store one tensor for both.
             name = EMBEDDING
         if name not in self.files:
-            raise UnsupportedModelError(f"{self.folder} has no tensor {name}: its config.json and its weights do not agree")
+            raise UnsupportedModelError(
+                f"{self.folder} has no tensor {name}, which its config.json asks for: copy the whole model folder again"
+            )
         from safetensors import safe_open
 
         with safe_open(self.files[name], framework="pt") as opened:

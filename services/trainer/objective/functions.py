@@ -89,7 +89,7 @@ def _try(key: str, name: str, work: Callable[[], object]) -> None:
         work()
     except ConfigError:
         raise
-    except Exception as error:
+    except Exception as error:  # it is the user's function
         raise ConfigError(
             f'{key} = "{name}" fails on a small example: {type(error).__name__}: {error}; mend the function'
         ) from error
