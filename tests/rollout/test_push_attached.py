@@ -20,7 +20,7 @@ from services.rollout.own_engine import OwnEngine
 from services.rollout.tasks import run_in
 from tests.rollout.fleet import Fleet, Minded, until_written
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(900)]  # an engine is started in it
 TOLERANCE = 1e-3
 
 
