@@ -25,13 +25,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.publish_fleet import measure_pause, measure_push
+from benchmarks.publish_fleet import BUCKET_BYTES, measure_pause, measure_push
 from services.contract import weights
 from services.trainer.buckets import fill_buckets
 from services.trainer.hf_folder import write_hf_folder
 
 ROUNDS, ENGINES = 5, 2
-BUCKET_BYTES = 256 << 20
 
 
 def read_tensors(model: Path) -> dict[str, Tensor]:
@@ -83,7 +82,7 @@ def run_collective(model: Path, folder: Path, rounds: int) -> None:
     sizes = [bucket.flat.numel() for bucket in buckets]
     plain = broadcast_rate([bucket.flat for bucket in buckets], rounds)
     print(f"dist.broadcast to {ENGINES} processes: {plain:.2f} GB/s", flush=True)
-    seconds = asyncio.run(measure_push(model, folder, rounds, ENGINES, BUCKET_BYTES))
+    seconds = asyncio.run(measure_push(model, folder, rounds, ENGINES))
     rate = sum(sizes) / statistics.median(seconds["pushed"]) / 1e9
     whole = sum(sizes) / statistics.median(seconds["paused"]) / 1e9
     size = f"{sum(sizes) / 1e9:.2f} GB"

@@ -12,6 +12,7 @@ from typing import Any
 
 import redis
 
+from services.contract.config import WeightsConfig
 from services.rollout.own_engine import OwnEngine
 from tests.conftest import RedisServer
 from tests.factories import make_sampling
@@ -19,6 +20,7 @@ from tests.rollout.conftest import make_config
 from tests.rollout.fleet import Fleet, Minded
 
 TURN_TOKENS = 64
+BUCKET_BYTES = WeightsConfig().bucket_bytes
 
 
 class ClockedEngine(OwnEngine):
@@ -64,16 +66,16 @@ async def engines(model: Path, folder: Path, count: int, **section: Any) -> Asyn
     server.kill()
 
 
-async def measure_push(model: Path, folder: Path, rounds: int, count: int, bucket_bytes: int) -> dict[str, list[float]]:
+async def measure_push(model: Path, folder: Path, rounds: int, count: int) -> dict[str, list[float]]:
     """Seconds of each round: `pushed`, and `paused` of the engine that stood still for longest. Nothing goes to the volume."""
-    async with engines(model, folder, count, bucket_bytes=bucket_bytes) as (fleet, minded):
+    async with engines(model, folder, count, bucket_bytes=BUCKET_BYTES) as (fleet, minded):
         updates = [await update(fleet, minded, model, version) for version in range(1, rounds + 2)][1:]  # the first one joins
     return {"pushed": [each.pushed_s for each in updates], "paused": [each.paused_s for each in updates]}
 
 
 async def measure_pause(model: Path, folder: Path, rounds: int, transport: str) -> list[Update]:
     """Updates of one engine that decodes all the time; every version goes to the volume too."""
-    async with engines(model, folder, 1, transport=transport, volume_every=1, bucket_bytes=256 << 20) as (fleet, minded):
+    async with engines(model, folder, 1, transport=transport, volume_every=1, bucket_bytes=BUCKET_BYTES) as (fleet, minded):
         turns = asyncio.create_task(decode(minded[0]))
         updates = [await update(fleet, minded, model, version) for version in range(1, rounds + 2)][1:]
         turns.cancel()

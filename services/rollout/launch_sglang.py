@@ -2,8 +2,8 @@
 
 On a CPU it supplies the two things SGLang 0.5.23 misses there: the schemas of torchvision's operators (the wheel on PyPI is
 built for CUDA and cannot load beside a CPU torch) and the names it imports from `sgl_kernel`, which plain serving never calls.
-It also quickens SGLang's attention there (`cpu_attention.py`). SGLang's child processes import this file again as
-``__mp_main__``, so everything they need is done at module level.
+It also quickens SGLang's attention and checksums there (`cpu_attention.py`, `cpu_checksums.py`). SGLang's child processes import
+this file again as ``__mp_main__``, so everything they need is done at module level.
 
 The server dies with the worker that started it, even when that one was killed with -9.
 """
@@ -83,9 +83,9 @@ def supply_torchvision_schemas() -> object | None:
         return library
 
 
-def quicken_attention() -> None:
-    """Run `cpu_attention.py`. By its path: this folder must not come on sys.path, where its names would hide other modules."""
-    spec = importlib.util.spec_from_file_location("forage_cpu_attention", Path(__file__).with_name("cpu_attention.py"))
+def quicken(part: str) -> None:
+    """Run a file beside this one. By its path: this folder must not come on sys.path, where its names would hide other modules."""
+    spec = importlib.util.spec_from_file_location(f"forage_{part}", Path(__file__).with_name(f"{part}.py"))
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -98,7 +98,8 @@ if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
     supply_kernel_names()
     _schemas = supply_torchvision_schemas()
     if __name__ == "__mp_main__":
-        quicken_attention()
+        quicken("cpu_attention")
+        quicken("cpu_checksums")
 
 if __name__ == "__main__":
     die_with_parent()

@@ -77,7 +77,7 @@ def evaluate_warm(run: Run) -> None:
 
 def grpo(run: Run) -> None:
     """Group-relative policy optimisation (Shao et al. 2024) and its kin, PPO among them (`trainer.objective`): a policy version a
-    batch."""
+    batch that the policy learned from."""
     settings = run.config.trainer
     run.load_reference()
     run.begin_critic()
@@ -89,7 +89,8 @@ def grpo(run: Run) -> None:
         row = rollout_metrics(groups) | staleness_metrics(groups, run.ledger, settings.max_staleness)
         row |= learn(run, groups)
         learned = time.monotonic()
-        run.publish()
+        if run.ledger.unpublished:  # not while the critic learns alone
+            run.publish()
         published = time.monotonic()
         row |= {"time/rollout_s": collected - begun, "time/train_s": learned - collected, "time/publish_s": published - learned}
         row |= {"time/step_s": published - begun, "time/tokens_per_s": row["search/model_tokens_total"] / (published - begun)}
@@ -113,7 +114,7 @@ def learn(run: Run, groups: list[CompleteGroup]) -> Figures:
     settings, step = run.config.trainer, run.ledger.step + 1
     at = rates(step, settings)
     stats = update(run.learner, groups, settings.objective, at, f"{run.config.run.seed}/{step}", run.critic)
-    run.consume(groups, step)
+    run.consume(groups, step, policy_moved=at.policy is not None)
     return learner_metrics(stats | at.figures)
 
 

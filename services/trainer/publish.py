@@ -31,7 +31,6 @@ from torch import Tensor
 from services.contract.config import Config
 from services.contract.policy import PolicyBoard, PolicyVersion
 from services.contract.weights import (
-    NoSpace,
     WeightsError,
     Write,
     collect_garbage,
@@ -43,6 +42,7 @@ from services.contract.weights import (
 from services.trainer.buckets import Bucket, all_tensors, fill_buckets
 from services.trainer.collective import Pusher, PushFailed, PushTimes
 from services.trainer.hf_folder import write_hf_folder
+from services.trainer.room import pause, when_there_is_room
 
 logger = logging.getLogger("trainer")
 
@@ -50,7 +50,6 @@ Export = Callable[[], Iterator[tuple[str, Tensor]]]
 """Begins a pass over the policy's weights: (Hugging Face name, whole tensor). A second call begins another."""
 POLL_S = 0.2
 LOOK_FOR_NEED_S = 1.0
-FULL_DISK_RETRIES, FULL_DISK_WAIT_S = 10, 30.0
 
 
 @dataclass
@@ -169,18 +168,13 @@ class Publisher:
         return path
 
     def _patiently(self, version: int, parent: int, write: Write) -> Path:
-        """A full disk is told about once and waited for: somebody may free it, and the run keeps what it has learned."""
         needed = sum(f.stat().st_size for f in self.config.model_path.glob("*.safetensors"))
-        for attempt in range(1, FULL_DISK_RETRIES + 1):
-            try:
-                return publish(self.root, version, parent, write, bytes_needed=needed)
-            except NoSpace as error:
-                if attempt == FULL_DISK_RETRIES:
-                    raise
-                logger.warning("%s; trying again in %.0f s (%d of %d)", error, FULL_DISK_WAIT_S, attempt, FULL_DISK_RETRIES)
-                collect_garbage(self.root, 1, self._in_use())
-                self._sleep(FULL_DISK_WAIT_S)
-        raise AssertionError("unreachable")
+        return when_there_is_room(lambda: publish(self.root, version, parent, write, bytes_needed=needed), self._wait_for_room)
+
+    def _wait_for_room(self, told: str) -> None:
+        logger.warning(told)
+        collect_garbage(self.root, 1, self._in_use())
+        pause(self.check_stop)
 
     def _wait_until_staged(self, version: int) -> None:
         deadline = time.monotonic() + self.config.weights.staging_grace_s
@@ -194,13 +188,8 @@ class Publisher:
                 names = ", ".join(engine.engine_id for engine in waiting)
                 logger.warning("version %d goes current although %s did not verify it in time", version, names)
                 return
-            self._sleep(POLL_S)
+            self.check_stop()
+            time.sleep(POLL_S)
 
     def _in_use(self) -> list[int]:
         return [version for engine in self.board.live_engines() for version in (engine.version, *engine.reading)]
-
-    def _sleep(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while (left := deadline - time.monotonic()) > 0:
-            self.check_stop()
-            time.sleep(min(left, 1.0))

@@ -134,9 +134,10 @@ class Run:
         if not self.checkpoints.make_room():
             pause(self._alive_or_stop)
 
-    def consume(self, groups: list[CompleteGroup], step: int) -> None:
-        """Optimizer step `step` has learned from these groups. They stay unacknowledged until the next checkpoint."""
-        self.ledger.step, self.ledger.unpublished = step, True
+    def consume(self, groups: list[CompleteGroup], step: int, policy_moved: bool) -> None:
+        """Step `step` has learned from these groups, the policy with it or the critic alone. They stay unacknowledged until the
+        next checkpoint."""
+        self.ledger.step, self.ledger.unpublished = step, self.ledger.unpublished or policy_moved
         if self.lead:
             self.lead.batches.consume(groups)
             self._unreleased += groups

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import pytest_asyncio
@@ -30,7 +30,10 @@ from services.rollout.tasks import run_in
 from services.rollout.version_files import VersionFiles
 from services.rollout.worker import Worker
 from tests.rollout.standins import StandInRetriever
-from tests.rollout.tiny_model import make_model
+from tests.rollout.tiny_model import make_model, make_variant
+
+if TYPE_CHECKING:
+    from tests.rollout.fleet import Fleet
 
 RUN = "test"
 
@@ -164,3 +167,21 @@ async def bench(
     redis_client: redis.Redis, tiny_model: Path, tmp_path: Path, retriever: StandInRetriever, served: OwnEngine
 ) -> Bench:
     return Bench(redis_client, tiny_model, tmp_path, retriever.url, served)
+
+
+@pytest.fixture(scope="session")
+def variants(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The starting model, and the weights of versions 1 and 2."""
+    folders = [tmp_path_factory.mktemp(f"variant{number}") for number in (1, 2)]
+    for folder, scale in zip(folders, (0.6, 0.8), strict=True):
+        make_variant(tiny_model, folder, scale)
+    return [tiny_model, *folders]
+
+
+@pytest.fixture
+def fleet(redis_client: redis.Redis, tiny_model: Path, tmp_path: Path) -> Iterator[Fleet]:
+    from tests.rollout.fleet import Fleet  # which configures its engines as this file does
+
+    fleet = Fleet(redis_client, tiny_model, tmp_path)
+    yield fleet
+    fleet.publisher.close()

@@ -12,6 +12,7 @@ from typing import Any
 import redis
 from safetensors.torch import load_file
 
+from services.contract import weights
 from services.contract.config import Config
 from services.contract.policy import PolicyBoard, PolicyVersion
 from services.rollout.engine import Engine
@@ -76,6 +77,11 @@ class Fleet:
         self.board.commit(PolicyVersion(0, str(model)))
         self.publisher = Publisher(self.config, self.board, check_stop=lambda: None)
 
+    def trainer_config(self, volume_every: int, **trainer: Any) -> Config:
+        """For a trainer that is a process, or several, of its own."""
+        trained = self.config.model_dump() | {"trainer": {"threads": 1} | trainer}
+        return config_with_weights(Config.model_validate(trained), volume_every=volume_every)
+
     async def publish(self, version: int, model: Path) -> None:
         """What the trainer does after a step that ended with the weights of `model`."""
         tensors = load_file(model / "model.safetensors")
@@ -97,6 +103,14 @@ class Fleet:
             await asyncio.gather(*loops, return_exceptions=True)
             self.board.remove(name)
             pool.shutdown()
+
+
+async def until_written(fleet: Fleet, version: int) -> None:
+    """The trainer waits for groups meanwhile, and looks after late engines as it does so."""
+    async with asyncio.timeout(60):
+        while not weights.is_published(fleet.publisher.root, version):
+            await asyncio.to_thread(fleet.publisher.wait)
+            await asyncio.sleep(0.1)
 
 
 def config_with_weights(config: Config, **weights: Any) -> Config:

@@ -8,12 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
-import redis
 import torch
 
 from services.contract import weights
@@ -25,8 +24,8 @@ from services.rollout.own_engine import OwnEngine
 from services.trainer.collective import EngineGroup
 from tests.factories import make_sampling
 from tests.rollout.conftest import make_config
-from tests.rollout.fleet import PROMPT, Fleet, Minded
-from tests.rollout.tiny_model import make_variant, reference_logprobs
+from tests.rollout.fleet import PROMPT, Fleet, Minded, until_written
+from tests.rollout.tiny_model import reference_logprobs
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 TOLERANCE = 1e-3
@@ -39,22 +38,6 @@ async def second(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     await engine.start(str(tiny_model), 0)
     yield engine
     await engine.stop()
-
-
-@pytest.fixture(scope="module")
-def variants(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The starting model, and the weights of versions 1 and 2."""
-    folders = [tmp_path_factory.mktemp(f"variant{number}") for number in (1, 2)]
-    for folder, scale in zip(folders, (0.6, 0.8), strict=True):
-        make_variant(tiny_model, folder, scale)
-    return [tiny_model, *folders]
-
-
-@pytest.fixture
-def fleet(redis_client: redis.Redis, tiny_model: Path, tmp_path: Path) -> Iterator[Fleet]:
-    fleet = Fleet(redis_client, tiny_model, tmp_path)
-    yield fleet
-    fleet.publisher.close()
 
 
 @pytest_asyncio.fixture(loop_scope="session")
@@ -135,14 +118,6 @@ async def test_an_engine_that_joins_between_versions_catches_up_from_the_volume_
                 await minded.until_serves(2)
                 assert await minded.gap(variants[2], 2) < TOLERANCE
             assert not weights.is_published(fleet.publisher.root, 2), "both had it by the push, in a group made anew"
-
-
-async def until_written(fleet: Fleet, version: int) -> None:
-    """The trainer waits for groups meanwhile, and looks after late engines as it does so."""
-    async with asyncio.timeout(30):
-        while not weights.is_published(fleet.publisher.root, version):
-            await asyncio.to_thread(fleet.publisher.wait)
-            await asyncio.sleep(0.1)
 
 
 async def test_what_came_otherwise_than_it_was_sent_is_not_served_and_the_volume_brings_the_version(

@@ -157,6 +157,10 @@ def test_the_policy_learns_only_after_the_critics_warm_up(reports: dict[str, Any
     assert first["objective/critic_learning_rate"] == second["objective/critic_learning_rate"] == 1e-3
 
 
+def test_a_step_of_the_critic_alone_publishes_nothing(reports: dict[str, Any]) -> None:
+    assert [row["staleness/version"] for row in reports["begun"]["rows"]] == [1, 2], "1 is the warm start"
+
+
 def test_a_step_tells_of_its_critic(reports: dict[str, Any]) -> None:
     names = ("value_loss", "value_clip_fraction", "explained_variance", "returns_mean", "value_mean", "critic_grad_norm")
     told = {f"objective/{name}" for name in names}
@@ -185,4 +189,4 @@ def test_a_critic_that_is_asked_for_later_is_refused(reports: dict[str, Any]) ->
 
 
 def test_the_final_model_is_never_the_starting_one_in_place_of_a_version_that_is_gone(reports: dict[str, Any]) -> None:
-    assert re.search("the policy .*v000003 is gone", reports["begun"]["final"])
+    assert re.search("the policy .*v000002 is gone", reports["begun"]["final"])

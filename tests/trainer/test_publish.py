@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 from services.contract.config import Config
 from services.contract.policy import EngineReport, PolicyBoard, PolicyVersion
 from services.contract.weights import NoSpace, verify, version_folder
-from services.trainer import hf_folder
-from services.trainer import publish as module
+from services.trainer import hf_folder, room
 from services.trainer.hf_folder import write_hf_folder
 from services.trainer.publish import Publisher
 
@@ -110,7 +109,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_waited_for_and_the_version_goes_out_when_there_is_room(
     redis_client: redis.Redis, model: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "FULL_DISK_WAIT_S", 0.3)
+    monkeypatch.setattr(room, "WAIT_S", 0.3)
     ballast = small_disk / "ballast"
     ballast.write_bytes(b"x" * 60_000)
     (model / "tokenizer.json").write_text("x" * 30_000)
@@ -125,7 +124,7 @@ def test_a_full_disk_is_waited_for_and_the_version_goes_out_when_there_is_room(
 def test_a_disk_that_stays_full_is_one_clear_error_and_leaves_nothing(
     redis_client: redis.Redis, model: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "FULL_DISK_WAIT_S", 0.01)
+    monkeypatch.setattr(room, "WAIT_S", 0.01)
     (model / "tokenizer.json").write_text("x" * 90_000)
     publisher = make_publisher(redis_client, model, small_disk)
     with pytest.raises(NoSpace, match="filled up while version 1 was written"):

@@ -51,9 +51,7 @@ def main() -> None:
         importlib.import_module(f"services.trainer.{module}")
     importlib.import_module("torch.utils.tensorboard")
     importlib.import_module("transformers.models.auto.tokenization_auto")
-    for module in ("room", "publish"):
-        patient = importlib.import_module(f"services.trainer.{module}")
-        setattr(patient, "WAIT_S" if module == "room" else "FULL_DISK_WAIT_S", WAIT_FOR_ROOM_S)
+    setattr(importlib.import_module("services.trainer.room"), "WAIT_S", WAIT_FOR_ROOM_S)  # noqa: B010 - a setting replaced on purpose
     decode = msgspec.json.Decoder(Job).decode
     for line in sys.stdin.buffer:
         job = decode(line)
