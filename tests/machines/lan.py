@@ -78,6 +78,7 @@ class Process:
 class Machine:
     def __init__(self, lan: Lan, name: str, number: int) -> None:
         self.lan, self.name, self.address = lan, name, f"{NETWORK}.{number}"
+        self._started: list[Process] = []
         environment = os.environ | {"NAME": name, "HOSTS": str(lan.hosts), "SHARED": " ".join(lan.shared_in_tmp)}
         self._holder = _hold(["--net", "--uts", "--mount"], BOOT, environment)
         lan.switch("ip", "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", str(self._holder.pid))
@@ -100,16 +101,17 @@ class Machine:
         heartbeat = self.lan.folder / f"{name}.heartbeat"
         values = clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "FORAGE_HEARTBEAT_FILE": str(heartbeat)} | environment
         entered = _enter(self._holder, program, *rest)
-        return Process(name, entered, self.lan.folder / "logs" / f"{name}.log", heartbeat, values)
+        self._started.append(Process(name, entered, self.lan.folder / "logs" / f"{name}.log", heartbeat, values))
+        return self._started[-1]
 
     def lose_power(self) -> None:
         """Everything that runs on it is gone at once."""
         for pid in self._pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        deadline = time.monotonic() + 20
-        while self._pids() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        for started in self._started:
+            started.process.wait(20)
+        self._started.clear()
 
     def _pids(self) -> Iterator[int]:
         home = _network_of(self._holder.pid)
