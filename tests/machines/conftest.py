@@ -117,7 +117,7 @@ def retrievers(lan: Lan, suite: Suite) -> list[Process]:
     """Two that answer, and the balancer before them."""
     config = suite.configure("search")
     index = suite.start("retriever1", "retriever", config, "index", "build")
-    assert index.wait(240) == 0, index.text()
+    assert index.wait(900) == 0, index.text()
     copies = [suite.start(f"retriever{n}", "retriever", config, "serve") for n in (1, 2)]
     caddy = Path(sys.executable).with_name("caddy")
     rules = ("run", "--adapter", "caddyfile", "--config", "deploy/Caddyfile")

@@ -165,7 +165,7 @@ class Lan:
             for here, there in pairs:
                 here("ip", "neighbour", "del", there.address, "dev", "eth0")
 
-    def until(self, holds: Callable[[], Any], what: str, timeout_s: float = 240) -> Any:
+    def until(self, holds: Callable[[], Any], what: str, timeout_s: float = 900) -> Any:
         """Wait for something to become true and return it; the end of every log is shown when it does not."""
         deadline = time.monotonic() + timeout_s
         while not (result := holds()):

@@ -8,6 +8,8 @@ import pytest
 
 from tests.machines.lan import Lan
 
+pytestmark = pytest.mark.timeout(900)
+
 ASK = "import socket; print(socket.create_connection(('{0}', 6379), timeout=1).getpeername()[0])"
 
 

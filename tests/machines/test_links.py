@@ -17,7 +17,7 @@ from tests.machines.conftest import Suite, answers
 from tests.machines.lan import Lan
 from tests.rollout.tiny_model import ANSWER
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(2400)
 
 SAMPLES = 3
 CUT_S = 4.0

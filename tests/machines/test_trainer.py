@@ -15,7 +15,7 @@ from services.trainer.checkpoints import Checkpoints
 from tests.machines.conftest import PASSWORD, PUSH_ADDRESS, Suite
 from tests.machines.lan import Lan, Process
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(2400)
 
 STEPS, GROUPS, SAMPLES = 4, 2, 2
 PATIENCE_S = 30
@@ -33,11 +33,13 @@ class Training:
         self.folder = suite.folder / "runs" / "trained"
         self.lan["trainer1"].add_address(PUSH_ADDRESS)
         self.players = [suite.start("worker", "rollout", self.config), suite.start("grader", "reward", self.config)]
+        for player in self.players:
+            self.lan.until(lambda player=player: player.ready, f"{player.name} is ready")
         self.first = self.start("first")
-        self.lan.until(lambda: self.says(self.first, "step 2/4"), "a step and its checkpoint", 480)
+        self.lan.until(lambda: self.says(self.first, "step 2/4"), "a step and its checkpoint")
         self.left_alone = self.lose(self.first)
         self.second = self.start("second")
-        self.lan.until(lambda: self.says(self.second, "resumed from"), "it goes on", 480)
+        self.lan.until(lambda: self.says(self.second, "resumed from"), "it goes on")
         with self.lan.cut("trainer1", "head"):
             time.sleep(4)
         self.ends = [process.wait(600) for process in self.second]
