@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[2]
 NETWORK = "10.99.0"
 NOBODY = "02:00:00:00:00:ff"
 """A hardware address that no machine has."""
+WHILE_THE_TESTS_LIVE = ["setpriv", "--pdeathsig", "KILL"]
+"""Before a command: it is killed when the process that runs the tests ends, however that ends."""
 BOOT = """set -e
 hostname "$NAME"
 ip link set lo up
@@ -36,7 +38,7 @@ SWITCH = "set -e; ip link add br0 type bridge; ip link set br0 up; ip link set l
 
 def refusal() -> str:
     """Why this machine cannot play several; empty where it can."""
-    missing = [tool for tool in ("ip", "unshare", "nsenter", "mount") if not shutil.which(tool)]
+    missing = [tool for tool in ("ip", "unshare", "nsenter", "setpriv", "mount") if not shutil.which(tool)]
     if missing:
         return f"needs {', '.join(missing)}"
     try_all = ["unshare", "--net", "--uts", "--mount", "ip", "link", "add", "br0", "type", "bridge"]
@@ -184,7 +186,7 @@ class Lan:
 
 def _hold(spaces: list[str], script: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     """A process that keeps namespaces alive. Raises AssertionError when it cannot set them up."""
-    command = ["unshare", *spaces, "sh", "-c", script]
+    command = [*WHILE_THE_TESTS_LIVE, "unshare", *spaces, "sh", "-c", script]
     holder = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert holder.stdout
     said = holder.stdout.readline()
@@ -194,7 +196,7 @@ def _hold(spaces: list[str], script: str, environment: dict[str, str]) -> subpro
 
 def _enter(holder: subprocess.Popen[bytes], *command: str, mount: bool = True) -> list[str]:
     spaces = ["--net", "--uts", "--mount", f"--wd={ROOT}"] if mount else ["--net"]
-    return ["nsenter", f"--target={holder.pid}", *spaces, "--", *command]
+    return [*WHILE_THE_TESTS_LIVE, "nsenter", f"--target={holder.pid}", *spaces, "--", *command]
 
 
 def _network_of(pid: int) -> str:

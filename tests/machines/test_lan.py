@@ -37,4 +37,4 @@ def test_a_cut_breaks_one_way_and_an_unplugged_machine_reaches_nobody(lan: Lan) 
     with lan["head"].unplugged():
         assert not connects(lan, "worker", "head")
         assert not connects(lan, "grader", "head")
-    assert connects(lan, "worker", "head")
+    lan.until(lambda: connects(lan, "worker", "head"), "plugged in again, it is found", 60)
