@@ -17,6 +17,8 @@ from services.contract.telemetry import Heartbeat, configure_logging
 from services.contract.weights import NoSpace, WeightsError
 
 LINGER_BEAT_S = 5.0
+SAVING_S = 290
+"""How long torchrun lets its processes save after SIGTERM: nearly the 5 minutes that compose gives the service."""
 
 
 def main() -> None:
@@ -91,7 +93,7 @@ def _linger() -> None:
 
 def _become_torchrun(config: Config) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.trainer.processes}"]
-    os.execv(sys.executable, [*launch, "-m", "services.trainer", *sys.argv[1:]])
+    os.execv(sys.executable, [*launch, f"--shutdown-timeout={SAVING_S}", "-m", "services.trainer", *sys.argv[1:]])
 
 
 def _say(logger, error: Exception, code: int) -> int:  # noqa: ANN001

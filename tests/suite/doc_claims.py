@@ -29,6 +29,8 @@ NO_SECTION = {"answer", "n"}
 """In brackets and back-ticks, and no section of the configuration: a tag in a passage, the shape of a tensor."""
 PACKAGES = {"HF": "huggingface_hub", "WANDB": "wandb", "SGLANG": "sglang"}
 """Whose environment variables begin so."""
+BY_LIBRARIES = {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"}
+"""Variables that compiled libraries read: PyTorch's gloo, and NCCL."""
 VARIABLE = re.compile(r"\b[A-Z][A-Z0-9]*(?:_+[A-Z0-9]+)+\b")
 KEY = re.compile(r"(\[+(?P<section>[a-z_.0-9]+)\]+ ?)?(?P<name>[a-z_0-9]+(\.[a-z_0-9]+)*)?( = (?P<value>.+))?")
 
@@ -179,7 +181,7 @@ def unknown_variables(text: str) -> list[str]:
             known = bool(_fields(name.removeprefix("FORAGE_").lower().replace("__", ".")))
         else:
             known = re.search(rf"\b{name}\b", _readers() + _package(name.partition("_")[0])) is not None
-        if not known:
+        if not known and name not in BY_LIBRARIES:
             found.append(f"{name}: nothing reads it")
     return found
 

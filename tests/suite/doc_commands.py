@@ -273,13 +273,48 @@ def pip(words: list[str]) -> None:
         raise Wrong(f"forage has no extra of that name, only {', '.join(extras)}")
 
 
+KUBECTL = {"apply", "delete", "get", "logs", "scale"}
+MANIFESTS = "deploy/kubernetes/base"
+
+
+def kubectl(words: list[str]) -> None:
+    """Commands that the docs use; the folders and objects that they name are there."""
+    words = words[2:] if words[:2] == ["-n", "forage"] else words
+    if not words or words[0] not in KUBECTL:
+        raise Wrong(f"the docs use none of kubectl's commands but {', '.join(sorted(KUBECTL))}")
+    for word in words[1:]:
+        if word.startswith("deploy/") and not (Path(word) / "kustomization.yaml").is_file():
+            raise Wrong(f"there is no kustomization in {word}")
+    for kind, name in [word.split("/") for word in words[1:] if word.startswith(("job/", "deployment/"))]:
+        if not re.search(rf"^kind: {kind}\nmetadata:\n  name: {name}$", _manifests(), re.MULTILINE | re.IGNORECASE):
+            raise Wrong(f"there is no {kind} {name} in {MANIFESTS}")
+
+
+def _manifests() -> str:
+    return "".join(path.read_text() for path in Path(MANIFESTS).glob("*.yaml"))
+
+
+def caddy(words: list[str]) -> None:
+    config = words[words.index("--config") + 1]
+    if words[0] != "run" or not Path(config).is_file():
+        raise Wrong(f"there is no {config} to run")
+
+
+def cp(words: list[str]) -> None:
+    if not Path(words[0]).exists():
+        raise Wrong(f"there is no {words[0]}")
+
+
 PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "./forage": forage,
     "forage": forage,
     "docker": docker,
+    "kubectl": kubectl,
     "python": python,
     "celery": celery,
     "torchrun": torchrun,
+    "caddy": caddy,
+    "cp": cp,
     "curl": curl,
     "pip": pip,
 }

