@@ -51,9 +51,9 @@ class WeightsConfig(Section):
     volume_every: Positive = 1
     """Every so many pushed versions one is written to the volume too. Others are written only for a checkpoint, or when an engine
     that was not there for the push needs one."""
-    bucket_bytes: Annotated[int, Field(ge=1 << 16)] = 32 << 20
+    bucket_bytes: Annotated[int, Field(ge=1 << 16)] = 24 << 20
     """Bytes that travel in one piece of a push; an engine needs so much memory besides its weights, or that of the largest tensor.
-    More means fewer requests, which pays between GPUs; a CPU fetches memory above 32 MiB anew from the system for every piece."""
+    More means fewer requests, which pays between GPUs; a CPU fetches memory from 32 MiB on anew from the system for every piece."""
     push_timeout_s: Seconds = 60
     """How long each part of a push (joining the group, pausing the engines, a bucket) may take; then the volume is used instead."""
     push_lease_s: Seconds = 5
