@@ -22,7 +22,11 @@ COLLAPSES: dict[str, tuple[str, list[float]]] = {
     "importance": ("mismatch/importance_clip_fraction", [0.0] * 5 + [0.2] * 3),
     "gradient": ("objective/grad_norm", [1.0] * 7 + [9.0]),
 }
-QUICKSTART = Path(__file__).parents[2] / "docs" / "quickstart-run" / "metrics.jsonl"
+RUNS = {
+    "well": Path(__file__).parents[2] / "docs" / "quickstart-run" / "metrics.jsonl",
+    "format_lost": Path(__file__).with_name("recorded") / "format_lost.jsonl",
+}
+"""Whole runs of the quickstart: today's, and one under earlier settings whose policy forgot how to answer."""
 
 
 def curve(figure: str, values: list[float]) -> list[dict[str, float]]:
@@ -89,8 +93,8 @@ def test_the_steps_row_says_which_signs_show() -> None:
     assert len(found) == len(SIGNS) + 1
 
 
-def test_the_quickstarts_run_shows_the_one_thing_that_went_wrong_in_it() -> None:
-    """From step 12 on its policy asks for another search where it must answer (docs/quickstart-run), so the format falls."""
-    rows = [row for line in QUICKSTART.read_text().splitlines() if (row := json.loads(line))["kind"] == "grpo"]
-    told = {(step, sign) for step in range(1, len(rows) + 1) for sign in onsets(rows[:step])}
-    assert told == {(13, "format")}
+@pytest.mark.parametrize(("run", "told"), [("well", set()), ("format_lost", {(13, "format")})])
+def test_of_two_real_runs_the_one_that_went_wrong_is_told_of(run: str, told: set[tuple[int, str]]) -> None:
+    """From step 12 on the policy of `format_lost` asks for another search where it must answer."""
+    rows = [row for line in RUNS[run].read_text().splitlines() if (row := json.loads(line))["kind"] == "grpo"]
+    assert {(step, sign) for step in range(1, len(rows) + 1) for sign in onsets(rows[:step])} == told
