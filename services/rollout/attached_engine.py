@@ -61,7 +61,7 @@ class AttachedEngine(Engine):
             await self.stop()
             raise
         seconds = time.monotonic() - started
-        logger.info("engine attached in %s: %s, policy version %d", format_seconds(seconds), self.url, version)
+        logger.info("engine attached in %s: %s, policy version %d", format_seconds(seconds), self.url, self.version)
 
     async def _answers(self, deadline: float) -> None:
         while True:
@@ -118,14 +118,17 @@ class AttachedEngine(Engine):
     # -- updates, one worker at a time ---------------------------------------------------------------------------------
 
     async def update(self, model: str, version: int) -> None:
-        """As `Engine.update`; nothing is done when another worker has done it. Not broken off by a shutdown."""
+        """As `Engine.update`; nothing is done when another worker has done it, or has gone on to the current policy: what this
+        one decided on may be old by the time it holds the engine. Not broken off by a shutdown."""
         async with self.alone():
             await to_the_end(self._update_held(model, version))
 
     async def _update_held(self, model: str, version: int) -> None:
-        if await self.has_served(version):
-            self.version = version
-            return
+        current = await self._run(self.board.current)
+        for done in {version, current.version if current else version}:
+            if await self.has_served(done):
+                self.version = done
+                return
         # Nothing drains from a paused engine; its requests are broken off and played again.
         left_paused = await self._run(self.board.may_be_paused, self.url)
         mode = "abort" if left_paused and self.config.update_mode == "drain" else self.config.update_mode

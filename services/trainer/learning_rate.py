@@ -25,7 +25,7 @@ def learning_rate(step: int, steps: int, rate: float, warmup_steps: int, schedul
     """
     if schedule == "constant" or step <= warmup_steps:
         return warmed_up(rate, step, warmup_steps)
-    done = min(1.0, (step - 1 - warmup_steps) / (steps - warmup_steps))
+    done = min(1.0, (step - 1 - warmup_steps) / max(1, steps - warmup_steps))
     left = 1 - done if schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
     return floor + (rate - floor) * left
 

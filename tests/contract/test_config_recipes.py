@@ -62,6 +62,11 @@ def test_every_configuration_of_ours_loads(path: Path) -> None:
     assert load_config(path, {}).run.name == path.stem
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_trial_of_two_steps_needs_no_other_change(path: Path) -> None:
+    assert load_config(path, {"FORAGE_TRAINER__STEPS": "2"}).trainer.steps == 2
+
+
 @pytest.mark.parametrize(("path", "facts"), [(RECIPES[0], SLIME), (RECIPES[1], PAPER)])
 def test_a_recipe_says_what_its_origin_says(path: str, facts: dict[str, object]) -> None:
     config = load_config(path, {})

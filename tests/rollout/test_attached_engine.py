@@ -14,7 +14,7 @@ import pytest_asyncio
 import redis
 
 from services.contract.config import Config
-from services.contract.policy import PolicyBoard
+from services.contract.policy import PolicyBoard, PolicyVersion
 from services.rollout.attached_engine import AttachedEngine
 from services.rollout.engine import EngineGone
 from services.rollout.failures import EngineError, EngineStartError
@@ -97,6 +97,18 @@ async def test_two_workers_update_an_engine_once(attach: Attach, fake: FakeEngin
     await asyncio.gather(first.update(str(model), 1), second.update(str(model), 1))
     assert fake.control == ["pause", "load 1", "resume"]
     assert first.version == second.version == 1
+
+
+async def test_a_worker_that_decided_long_ago_does_not_take_the_engine_back(
+    attach: Attach, fake: FakeEngine, board: PolicyBoard, model: Path
+) -> None:
+    """While the current version was not on the volume yet, both decided on an older one; the first has gone on meanwhile."""
+    first, second = attach("first"), attach("second")
+    board.commit(PolicyVersion(1, str(model)))
+    await first.start(str(model), 1)
+    await second.start(str(model), 0)
+    assert fake.version == "1" and second.version == 1
+    assert {span.version for span in (await generate(first)).versions} == {1}
 
 
 @pytest.mark.parametrize(

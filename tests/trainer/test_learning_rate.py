@@ -38,6 +38,11 @@ def test_without_warm_up_the_first_step_has_the_whole_rate() -> None:
     assert curve("linear", steps=2, warmup=0, floor=0.0) == [1.0, 0.5]
 
 
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_a_trial_no_longer_than_the_warm_up_stays_in_it(schedule: str) -> None:
+    assert curve(schedule, steps=2, warmup=2, floor=0.1) == pytest.approx([warmed_up(1.0, s, 2) for s in (1, 2)])
+
+
 def trainer(**changes: object) -> TrainerConfig:
     return TrainerConfig.model_validate({"steps": 6, "learning_rate": 1e-5, **changes})
 

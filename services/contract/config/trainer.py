@@ -117,7 +117,5 @@ def _problems(trainer: TrainerConfig) -> Iterator[str]:
         yield 'min_learning_rate does nothing with schedule = "constant": set schedule, or take it out'
     if trainer.min_learning_rate > trainer.learning_rate:
         yield "min_learning_rate is above learning_rate: lower it"
-    if trainer.schedule != "constant" and 0 < trainer.steps <= trainer.warmup_steps + o.critic_warmup_steps:
-        yield "warmup_steps leaves no step of `steps` to decay over: lower it"
     if trainer.eval_samples > 1 and trainer.eval_temperature == 0:
         yield "eval_samples above 1 would play the same greedy episode again: set eval_temperature above 0, or eval_samples to 1"
