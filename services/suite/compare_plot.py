@@ -9,11 +9,13 @@ from services.contract.config import ConfigError
 from services.suite.compare import Side, differences
 
 CURVES = (
-    ("reward/mean", "reward"),
-    ("search/per_episode", "searches per episode"),
-    ("reward/format", "format kept"),
-    ("objective/grad_norm", "gradient norm"),
+    ("evaluation", "eval/exact_match", "exact match, held out"),
+    ("grpo", "reward/mean", "reward"),
+    ("grpo", "search/per_episode", "searches per episode"),
+    ("grpo", "reward/format", "format kept"),
+    ("grpo", "objective/grad_norm", "gradient norm"),
 )
+"""Kind of the lines in `metrics.jsonl`, figure, title."""
 
 
 def plot(a: Side, b: Side, target: Path) -> None:
@@ -25,20 +27,20 @@ def plot(a: Side, b: Side, target: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    steps = [[row for row in side.rows if row["kind"] == "grpo"] for side in (a, b)]
-    figure = _curves(plt, a, b, steps) if all(steps) else _intervals(plt, a, b)
+    runs = all(any(row["kind"] == "grpo" for row in side.rows) for side in (a, b))
+    figure = _curves(plt, a, b) if runs else _intervals(plt, a, b)
     figure.tight_layout()
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=110)
     plt.close(figure)
 
 
-def _curves(plt: Any, a: Side, b: Side, steps: list[list[dict[str, Any]]]) -> Any:
+def _curves(plt: Any, a: Side, b: Side) -> Any:
     figure, axes = plt.subplots(1, len(CURVES), figsize=(4 * len(CURVES), 3.4))
-    for axis, (name, title) in zip(axes, CURVES, strict=True):
-        for side, rows, colour in zip((a, b), steps, ("#3182bd", "#e6550d"), strict=True):
-            known = [row for row in rows if isinstance(row.get(name), (int, float))]
-            axis.plot([row["step"] for row in known], [row[name] for row in known], color=colour, label=side.name)
+    for axis, (kind, name, title) in zip(axes, CURVES, strict=True):
+        for side, colour in ((a, "#3182bd"), (b, "#e6550d")):
+            curve = {row["step"]: row[name] for row in side.rows if row["kind"] == kind and isinstance(row.get(name), (int, float))}
+            axis.plot(curve.keys(), curve.values(), "o-" if kind == "evaluation" else "-", color=colour, label=side.name)
         axis.set(title=title, xlabel="GRPO step")
     axes[0].legend(fontsize=8)
     return figure

@@ -40,7 +40,7 @@ CHOICES = {
     "TRAINER_GPUS": ["0", "0,1,2,3,4,5"],
     "ROLLOUT_GPUS": ["1", "GPU-8a56a4bc"],
     "RETRIEVER_GPUS": ["2", "6,7"],
-    "WEIGHTS_TRANSPORT": ["volume", "collective"],
+    "FORAGE_WEIGHTS__TRANSPORT": ["volume", "collective"],
 }
 
 
@@ -52,7 +52,12 @@ def test_every_combination_of_the_environment_is_valid(values: tuple[str, ...]) 
     assert {name: gpus(services[name]) for name in GPU_SERVICES} == {
         name: [environment[variable]] for name, variable in GPU_SERVICES.items()
     }
-    assert services["trainer"]["environment"]["FORAGE_WEIGHTS__TRANSPORT"] == environment["WEIGHTS_TRANSPORT"]
+    assert services["trainer"]["environment"]["FORAGE_WEIGHTS__TRANSPORT"] == environment["FORAGE_WEIGHTS__TRANSPORT"]
+
+
+@needs_compose
+def test_without_a_word_about_it_the_transport_is_the_configurations() -> None:
+    assert resolved()["services"]["trainer"]["environment"]["FORAGE_WEIGHTS__TRANSPORT"] is None
 
 
 @needs_compose
