@@ -29,8 +29,8 @@ import redis
 
 from services.contract.config import Config, ConfigError, load_config
 from services.contract.eval_job import JOB, EvalJob, read_job, unknown_sources
+from services.contract.files import file_digest
 from services.contract.policy import PolicyBoard
-from services.contract.weights import file_digest
 from services.suite.plan import answers, make_eval_plan
 from services.suite.ports import free_port, refuse_taken_port
 from services.suite.redis_address import hasty_client, problem_in_words

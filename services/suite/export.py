@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from services.contract.config import Config, ConfigError
+from services.contract.files import move_into_place, sync
 from services.contract.weights import MANIFEST, WeightsError, verify
 from services.suite.run_models import RunModel
 
@@ -24,7 +25,9 @@ def export(config: Config, config_path: str, model: RunModel, target: Path) -> N
         _copy(model.path, temporary) if model.kind == "folder" else _convert(config_path, model.path, temporary)
         if target.exists():
             target.rmdir()
-        temporary.rename(target)
+        for path in temporary.rglob("*"):
+            sync(path)
+        move_into_place(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

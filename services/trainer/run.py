@@ -13,6 +13,7 @@ from typing import Any
 
 from services.contract.codec import Codec
 from services.contract.config import Config, save_config
+from services.contract.files import replace_file
 from services.contract.groups import GroupStore
 from services.contract.policy import PolicyBoard
 from services.contract.scores import Evaluation
@@ -253,7 +254,7 @@ class Run:
         if not is_lead():
             return
         table = results_table(self.ledger.evaluations)
-        (self.folder / "results.md").write_text(table + "\n")
+        self._patiently(lambda: replace_file(self.folder / "results.md", f"{table}\n".encode()))
         print(f"\n{table}\n\nfinal model: {self.folder / 'final'}", flush=True)
         self._lead.journal.end()
 
