@@ -71,7 +71,10 @@ class PolicyWatcher:
         return self.state == "ready" and self.version == self.wanted
 
     async def starting_policy(self) -> tuple[Path, int]:
-        """What a starting engine is to load: the current version once it verifies, or the configured model as version 0."""
+        """What a starting engine is to load: the current version once it verifies, or the configured model as version 0.
+
+        The trainer does not delete it until `serves` or `lost` is called: starting takes a while, and it may publish meanwhile.
+        """
         while True:
             current = await self._run(self.board.current)
             if current is None:
@@ -79,12 +82,14 @@ class PolicyWatcher:
             self.wanted = current.version
             usable = self.files.newest(current.version) if self.files.is_absent(current) else current
             if path := await self._verify(usable):
+                self._target = usable.version
+                await self.report()
                 return path, usable.version
             await asyncio.sleep(max(self._retry_at - time.monotonic(), 0))
 
     async def serves(self, version: int) -> None:
         """The engine has started with `version` and answers."""
-        self.version = version
+        self.version, self._target = version, -1
         self.staged, self.wanted = max(self.staged, version), max(self.wanted, version)
         await self._become("ready")
 

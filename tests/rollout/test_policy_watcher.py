@@ -162,6 +162,21 @@ async def test_while_a_version_is_verified_it_counts_as_read(setting: Setting, m
     assert seen == [[0, 1]]
 
 
+async def test_what_a_starting_engine_reads_is_held_until_it_serves_or_is_lost(setting: Setting) -> None:
+    """The trainer may publish twice in the half minute that a start takes, and keeps two versions."""
+    setting.board.commit(setting.publish(2))
+    await setting.watcher.starting_policy()
+    await setting.watcher.report()  # as the worker does all the time
+    assert setting.report().reading == [2]
+    await setting.watcher.lost()
+    assert setting.report().reading == []
+    await setting.watcher.starting_policy()
+    setting.board.commit(setting.publish(3))
+    await setting.watcher.serves(2)
+    await setting.watcher.follow()
+    assert setting.report().reading == [3]
+
+
 async def test_a_pushed_version_that_is_not_on_the_volume_leaves_a_late_engine_stale(setting: Setting) -> None:
     setting.publish(2)
     setting.board.commit(PolicyVersion(5, str(weights.version_folder(setting.config.weights_folder, 5)), pushed=True))
