@@ -18,7 +18,7 @@ import msgspec
 
 from services.prepare.errors import PrepareError
 from services.prepare.question_files import open_text
-from services.prepare.steps import sync
+from services.prepare.steps import move_into_place
 
 
 class _Paragraph(msgspec.Struct):
@@ -61,9 +61,7 @@ def write_squad_corpus(files: Sequence[Path], target: Path) -> CorpusFigures:
                         seen.add(text)
         if not seen:
             raise PrepareError(f"{', '.join(map(str, files))}: no paragraph in it; name SQuAD's files")
-        sync(temporary)
-        temporary.replace(target)
-        sync(target.parent)
+        move_into_place(temporary, target)
     except OSError as error:
         raise PrepareError(f"{target} cannot be written ({error}); free some space or name another place by --to") from error
     finally:

@@ -166,7 +166,6 @@ async def test_what_a_starting_engine_reads_is_held_until_it_serves_or_is_lost(s
     """The trainer may publish twice in the half minute that a start takes, and keeps two versions."""
     setting.board.commit(setting.publish(2))
     await setting.watcher.starting_policy()
-    await setting.watcher.report()  # as the worker does all the time
     assert setting.report().reading == [2]
     await setting.watcher.lost()
     assert setting.report().reading == []
