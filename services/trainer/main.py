@@ -27,6 +27,7 @@ from services.trainer.learning_rate import rates, warmed_up
 from services.trainer.ledger import STAGES, Stage
 from services.trainer.megatron.loss import SupervisedLoss
 from services.trainer.metrics import Figures, learner_metrics, rollout_metrics, step_line, warm_start_metrics
+from services.trainer.ranks import StopRequested
 from services.trainer.run import Run
 from services.trainer.staleness import staleness_metrics
 from services.trainer.update import update
@@ -88,13 +89,15 @@ def grpo(run: Run) -> None:
         collected = time.monotonic()
         row = rollout_metrics(groups) | staleness_metrics(groups, run.ledger, settings.max_staleness)
         row |= learn(run, groups)
-        learned = time.monotonic()
-        if run.ledger.unpublished:  # not while the critic learns alone
-            run.publish()
-        published = time.monotonic()
-        row |= {"time/rollout_s": collected - begun, "time/train_s": learned - collected, "time/publish_s": published - learned}
-        row |= {"time/step_s": published - begun, "time/tokens_per_s": row["search/model_tokens_total"] / (published - begun)}
-        record_step(run, groups, row)
+        row |= {"time/rollout_s": collected - begun, "time/train_s": time.monotonic() - collected}
+        try:
+            if run.ledger.unpublished:  # not while the critic learns alone
+                run.publish()
+        except StopRequested:  # the step is saved on the way out, so it is told
+            tell_step(run, groups, row, begun)
+            raise
+        tell_step(run, groups, row, begun)
+        settle_step(run)
 
 
 def finish_step(run: Run) -> None:
@@ -118,13 +121,19 @@ def learn(run: Run, groups: list[CompleteGroup]) -> Figures:
     return learner_metrics(stats | at.figures)
 
 
-def record_step(run: Run, groups: list[CompleteGroup], row: Figures) -> None:
-    """Tell about the step, and make it durable when a checkpoint is due or the reference changes with it."""
-    step, settings = run.ledger.step, run.config.trainer
-    row |= run.flow_figures()
-    run.say(step_line(step, settings.steps, row))
+def tell_step(run: Run, groups: list[CompleteGroup], row: Figures, begun: float) -> None:
+    """Print the step, and write its figures and its transcripts. begun: when, by the monotonic clock."""
+    step, seconds = run.ledger.step, time.monotonic() - begun
+    row |= {"time/publish_s": seconds - row["time/rollout_s"] - row["time/train_s"], "time/step_s": seconds}
+    row |= {"time/tokens_per_s": row["search/model_tokens_total"] / seconds} | run.flow_figures()
+    run.say(step_line(step, run.config.trainer.steps, row))
     run.record_step(step, row)
     run.keep_transcripts(step, groups)
+
+
+def settle_step(run: Run) -> None:
+    """Make the step durable when a checkpoint is due or the reference changes with it; stop here if asked to."""
+    step, settings = run.ledger.step, run.config.trainer
     if run.refresh_reference() or step % settings.checkpoint_every == 0 or step == settings.steps:
         run.checkpoint()
     run.check_stop()

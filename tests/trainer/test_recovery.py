@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from services.contract.messages import PromptGroup
+from services.contract.policy import EngineReport, PolicyVersion
 from services.trainer.checkpoints import Checkpoints
 from tests.conftest import RedisServer
 from tests.trainer.run_to_kill import (
@@ -173,6 +174,23 @@ def test_a_stop_saves_what_was_learned(make_run: Callable[..., RunToKill], never
     assert run.start(Point(NEXT_BATCH, 2), by=signal.SIGTERM) == [0]
     found = Checkpoints(run.folder / "checkpoints", keep=2).latest()
     assert found and found[1].step == 1, "between two checkpoints"
+    check(run, run.finish(), never_killed)
+
+
+def test_a_stop_while_a_version_is_published_leaves_no_gap_in_the_journal(
+    make_run: Callable[..., RunToKill], never_killed: Outcome
+) -> None:
+    """An engine that is slow to read the version of step 1 is waited for when the stop comes."""
+    run = make_run()
+    slow = EngineReport("slow", "http://127.0.0.1:1", "ready", version=1, staged=1)
+    run.stand_in.before_playing = lambda: run.stand_in.board.report(slow)
+    assert run.start(Point(PUBLISH, 2), Point(STAGE), by=signal.SIGTERM) == [0]
+    assert run.stand_in.board.current() == PolicyVersion(1, str(run.config.weights_folder / "v000001")), (
+        "the next was not published"
+    )
+    assert [row["step"] for row in json_lines(run.folder / "metrics.jsonl") if row["kind"] == "grpo"] == [1]
+    run.stand_in.before_playing = lambda: None
+    run.stand_in.board.remove("slow")
     check(run, run.finish(), never_killed)
 
 
