@@ -1,7 +1,8 @@
 """Feeds training questions and cuts batches of whole groups, none staler than `max_staleness`.
 
-Two guards bound staleness. `feed` admits a group only while fewer than (max_staleness + 1) × groups_per_step are outstanding,
-so the rollout cannot run far ahead; `next_batch` checks every group when the batch is cut and feeds a stale one again.
+Two guards bound staleness. `feed` admits a group only while fewer than a batch and its lookahead are outstanding, at most
+(max_staleness + 1) × groups_per_step (see lookahead.py), so the rollout cannot run far ahead; `next_batch` checks every group when
+the batch is cut and feeds a stale one again.
 
 | a group that does not come          | with max_staleness = 0                                 | with more                         |
 |-------------------------------------|--------------------------------------------------------|-----------------------------------|
@@ -26,6 +27,7 @@ from services.contract.groups import GroupStore
 from services.contract.messages import DeadLetter
 from services.trainer.collect import Collector, CompleteGroup
 from services.trainer.ledger import Ledger
+from services.trainer.lookahead import Lookahead
 from services.trainer.objective.advantages import zero_variance
 from services.trainer.questions import TrainingOrder, make_group, training_group_id, training_index
 from services.trainer.shaping import shaped_rewards
@@ -44,6 +46,7 @@ class Batches:
 
     def __init__(self, config: Config, store: GroupStore, collector: Collector, order: TrainingOrder, ledger: Ledger) -> None:
         self.config, self.store, self.collector, self.order, self.ledger = config, store, collector, order, ledger
+        self.lookahead = Lookahead(config.trainer.groups_per_step, config.trainer.max_staleness)
         self._cut: set[str] = set()
         """Groups of the batch that is being put together: a Redis that lost its last writes may announce them again."""
         self.refed = 0
@@ -54,10 +57,9 @@ class Batches:
         """Groups without variance that dynamic sampling replaced, since the start of this process."""
 
     def feed(self) -> int:
-        """Feed questions up to the staleness bound; returns how many groups were fed."""
-        trainer = self.config.trainer
+        """Feed questions for a batch and those to be played ahead; returns how many groups were fed."""
         outstanding = self._outstanding()
-        room = (trainer.max_staleness + 1) * trainer.groups_per_step - len(outstanding)
+        room = self.config.trainer.groups_per_step + self.lookahead.groups - len(outstanding)
         fed = 0
         for index in count(self.ledger.next_index):
             if fed >= room:
@@ -72,7 +74,10 @@ class Batches:
         self._cut.clear()
         self._give_up_dead(self.collector.take_dead(self._size))
         may_drop = self.config.trainer.objective.dynamic_sampling_limit * wanted
+        was_fed_ahead = len(self._outstanding()) >= self.lookahead.groups  # not after a cold start, nor just after a raise
+        missing = 0
         while len(batch) < wanted:
+            missing += max(0, wanted - len(batch) - self.collector.count(self._size))
             self.feed()
             groups, dead = self.collector.wait(self._size, wanted - len(batch), on_idle=self.feed)
             self._give_up_dead(dead)
@@ -83,6 +88,8 @@ class Batches:
                 else:
                     batch.append(group)
                     self._cut.add(group.group_id)
+        if was_fed_ahead:
+            self.lookahead.note(missing, spare=self.collector.count(self._size))
         return sorted(batch, key=lambda group: group.group_id)
 
     def take_over(self) -> None:
@@ -104,9 +111,10 @@ class Batches:
         self.ledger.consume([index for index in indices if index is not None])
 
     def figures(self) -> dict[str, float]:
-        """Counts of what went astray, since this process began, and of what waits."""
+        """Counts of groups: those that went astray, since this process began; those that wait; the lookahead."""
         accounts = self.store.accounts()
         counts: dict[str, float] = {"groups_refed": self.refed, "groups_lost": self.lost, "groups_waiting": accounts.waiting}
+        counts["lookahead"] = self.lookahead.groups
         return counts | ({"groups_dropped": self.dropped} if self.config.trainer.objective.dynamic_sampling else {})
 
     def release(self, groups: list[CompleteGroup]) -> None:

@@ -95,6 +95,12 @@ class Collector:
         _, letters = self._read(size, None)
         return self._take(self._whole(size)), letters
 
+    def count(self, size: Callable[[str], int | None]) -> int:
+        """How many groups that `size` knows have come whole by now."""
+        while fresh := self.store.read_graded(READ_COUNT, None):
+            self._keep(fresh)
+        return len(self._whole(size))
+
     def take_dead(self, size: Callable[[str], int | None]) -> list[DeadLetter]:
         """Letters about groups that `size` knows; what had been graded of them is released. The others' letters are kept until
         somebody asks for them."""

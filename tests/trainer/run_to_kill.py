@@ -43,7 +43,7 @@ QUESTIONS = 5
 """Fewer than are trained on: the second epoch's shuffle is part of it."""
 LEASE_S = 5
 """What the stand-in took and has not finished for so long it takes again: its connection may have broken with the answer."""
-TIMES = re.compile(r"at|time/.*|warm_start/seconds|eval/(seconds|.*version)|staleness/(version|groups_.*)")
+TIMES = re.compile(r"at|time/.*|warm_start/seconds|eval/(seconds|.*version)|staleness/(version|lookahead|groups_.*)")
 """Figures of a row that a restart may change: times, version numbers, counts since the process began."""
 
 

@@ -407,3 +407,29 @@ def test_the_question_order_depends_on_the_seed_alone() -> None:
     assert [one[i].id for i in indices] == [same[i].id for i in indices]
     assert [one[i].id for i in range(50)] != [other[i].id for i in range(50)]
     assert msgspec.json.encode(one[0]) != b""
+
+
+def test_of_an_asynchronous_run_no_more_is_fed_ahead_than_keeps_the_trainer_busy(store: GroupStore) -> None:
+    ledger = Ledger()
+    batches = make_batches(store, ledger, max_staleness=3)
+    batches.feed()
+    outstanding = []
+    for version in range(4):
+        play_all(store, version)
+        train_on(batches, version)
+        learned_and_published(ledger, version + 1, policies_kept=4)
+        outstanding.append(len(store.in_flight()))
+    assert outstanding == [GROUPS] * 4, "a batch is finished whenever the trainer asks for one"
+
+    def play_what_is_waited_for() -> None:
+        play_all(store, ledger.version)
+
+    batches.collector.check_stop = play_what_is_waited_for
+    for version in range(4, 8):
+        train_on(batches, version)
+        learned_and_published(ledger, version + 1, policies_kept=4)
+        outstanding.append(len(store.in_flight()))
+    assert outstanding[4:] == [GROUPS, 2 * GROUPS, 2 * GROUPS, 3 * GROUPS], (
+        "the trainer waits: a batch more, if that is too little another"
+    )
+    assert batches.figures()["lookahead"] == 3 * GROUPS
