@@ -10,7 +10,7 @@ import pytest
 import redis
 
 from services.contract.config import Config
-from services.contract.grading_tries import GradingTries
+from services.contract.grading_tries import GradingTries, Try
 from services.contract.groups import GroupStore, Lease
 from services.contract.messages import Question
 from services.trainer import collect
@@ -110,7 +110,9 @@ def test_a_group_that_the_graders_gave_up_is_replaced_and_what_was_graded_of_it_
     grade(store, "t00000000/0")
     store.finish(first)
     tries = GradingTries(store.client, "test")
-    tries.bury(tries.begin("t00000000/1", 1), "no such judge", 1)
+    failed = tries.begin("t00000000/1", 1)
+    assert isinstance(failed, Try)
+    tries.bury(failed, "no such judge", 1)
     for lease in others:
         store.hand_back(lease)
     play_all(store, version=0)
