@@ -7,8 +7,9 @@ the batch is cut and feeds a stale one again.
 | a group that does not come          | with max_staleness = 0                                 | with more                         |
 |-------------------------------------|--------------------------------------------------------|-----------------------------------|
 | its worker or engine died           | another plays it; the batch waits for it               | the batch is cut of others        |
-| a straggler                         | waited for until its deadline (rollout/worker.py)      | the batch is cut of others; if it |
-|                                     |                                                        | comes too stale, it is fed again  |
+| a straggler                         | waited for until its deadline (rollout/worker.py)      | the batch is cut of others, but   |
+|                                     |                                                        | for the last one; if it comes too |
+|                                     |                                                        | stale, it is fed again            |
 | given up (`dead`), counted as lost  | the next question is fed in its place                  | the same                          |
 | nobody plays or grades at all       | after `collect_timeout_s` the run stops and says where | the same                          |
 |                                     | the groups are; the next start goes on                 |                                   |
@@ -57,9 +58,10 @@ class Batches:
         """Groups without variance that dynamic sampling replaced, since the start of this process."""
 
     def feed(self) -> int:
-        """Feed questions for a batch and those to be played ahead; returns how many groups were fed."""
-        outstanding = self._outstanding()
-        room = self.config.trainer.groups_per_step + self.lookahead.groups - len(outstanding)
+        """Feed questions for a batch and those to be played ahead, if steps are left for them; returns how many groups were fed."""
+        trainer, outstanding = self.config.trainer, self._outstanding()
+        still_to_train = (trainer.steps - self.ledger.step) * trainer.groups_per_step
+        room = min(trainer.groups_per_step + self.lookahead.groups, still_to_train) - len(outstanding)
         fed = 0
         for index in count(self.ledger.next_index):
             if fed >= room:

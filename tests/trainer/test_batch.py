@@ -72,6 +72,12 @@ def test_feed_stops_at_the_staleness_bound(store: GroupStore) -> None:
     assert make_batches(store, Ledger(), max_staleness=1).feed() == GROUPS
 
 
+def test_nothing_is_fed_ahead_of_the_last_step(store: GroupStore) -> None:
+    batches = make_batches(store, Ledger(), max_staleness=1)
+    batches.ledger.step = batches.config.trainer.steps - 1
+    assert batches.feed() == GROUPS
+
+
 def test_a_stale_group_is_fed_again_and_never_trained(store: GroupStore) -> None:
     ledger = Ledger(version=5)
     batches = make_batches(store, ledger)
