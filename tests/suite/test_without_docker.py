@@ -199,10 +199,11 @@ def test_a_finished_run_started_again_prints_its_table_and_trains_nothing(finish
 
 def test_worker_trainer_and_redis_killed_in_the_middle_and_ctrl_c_lose_nothing(tmp_path: Path) -> None:
     suite = Suite(tmp_path)
-    more = {"FORAGE_TRAINER__STEPS": "4", "FORAGE_TRAINER__WARM_START__EPOCHS": "0"}
+    more = {"FORAGE_TRAINER__STEPS": "4", "FORAGE_TRAINER__WARM_START__EPOCHS": "0", "FORAGE_WEIGHTS__TRANSPORT": "collective"}
     try:
         suite.start(**more)
         suite.wait_for_text("step 1/4")
+        assert "pushed to 1 engines" in suite.text(), "the volume would have hidden a push that never works"
         suite.find("rollout").send_signal(signal.SIGKILL)
         suite.wait_for_text("step 2/4")
         suite.find("trainer").send_signal(signal.SIGKILL)
