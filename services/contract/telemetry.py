@@ -36,11 +36,13 @@ class Progress:
 
     >>> with Progress("embedding passages", total=4800, unit="passages") as bar:
     ...     bar.advance(64)
+
+    done: how many of `total` an earlier process left done; rate and ETA are those of the rest.
     """
 
-    def __init__(self, label: str, total: int, unit: str = "", every_s: float = 5.0) -> None:
+    def __init__(self, label: str, total: int, unit: str = "", every_s: float = 5.0, done: int = 0) -> None:
         self.label, self.total, self.unit = label, total, unit
-        self.done, self._shown = 0, -1
+        self.done, self._before, self._shown = done, done, -1
         self._terminal = sys.stdout.isatty()
         self._every_s = 0.2 if self._terminal else every_s
         self._started = self._drawn = time.monotonic()
@@ -65,7 +67,7 @@ class Progress:
     def line(self) -> str:
         """The bar as text, for a log line or a /ready answer."""
         elapsed = time.monotonic() - self._started
-        rate = self.done / elapsed if elapsed > 0 else 0.0
+        rate = (self.done - self._before) / elapsed if elapsed > 0 else 0.0
         share = self.done / self.total if self.total else 1.0
         filled = int(BAR_WIDTH * min(share, 1.0))
         bar = "█" * filled + "·" * (BAR_WIDTH - filled)

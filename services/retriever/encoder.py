@@ -119,7 +119,8 @@ def _on_onnx(description: EncoderDescription, threads: int) -> Encoder | None:
         if chosen:
             raise RetrieverError('retriever.encoder_runtime is "onnx": pip install onnx onnxruntime, or set "torch"')
         return None
-    from services.retriever.onnx_encoder import ExportFailed, OnnxEncoder
+    from services.retriever.onnx_encoder import OnnxEncoder
+    from services.retriever.onnx_session import ExportFailed
 
     try:
         return OnnxEncoder(description if chosen else replace(description, runtime="onnx"), threads)

@@ -12,14 +12,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from services.contract.files import hold_lock
-from services.retriever.errors import RetrieverError
 from services.retriever.families import EncoderDescription, Role
 from services.retriever.files import written_whole
+from services.retriever.onnx_session import open_session
 from services.retriever.side_by_side import SideBySide
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it would start a pool of its own beside our threads
@@ -28,10 +27,6 @@ log = logging.getLogger("retriever")
 
 FORMAT = 1
 """Raised when what is exported changes, so that no older graph is taken up."""
-
-
-class ExportFailed(RetrieverError):
-    """No graph of the encoder can be made, or it answers otherwise than torch."""
 
 
 class OnnxEncoder:
@@ -60,18 +55,6 @@ class OnnxEncoder:
         with self._side_by_side.tokenizing:
             tokens = self._tokenizer(texts, padding=True, truncation=True, max_length=self._max_tokens, return_tensors="np")
         return self._session.run(None, {name: tokens[name] for name in self._inputs})[0]
-
-
-def open_session(path: Path) -> Any:
-    """An InferenceSession that computes in the thread that calls it. Raises RetrieverError when the file is not a graph."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions have no base of their own
-        raise RetrieverError(f"{path}: not a graph that ONNX Runtime can load ({error}); delete it, it is made again") from None
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from services.retriever.errors import RetrieverError
 from services.retriever.families import EncoderDescription, Family
-from services.retriever.onnx_encoder import ExportFailed, open_session
+from services.retriever.onnx_session import ExportFailed, open_session
 from services.retriever.transformer import check_longest_text, load_model, pool
 
 OPSET = 17

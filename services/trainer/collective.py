@@ -188,7 +188,7 @@ class Pusher:
         times = PushTimes(paused - started, sent - paused, time.monotonic() - sent)
         size = sum(bucket.flat.numel() for bucket in buckets) / 1e9
         parts = f"pausing {times.pausing:.2f} s, sending {times.sending:.2f} s, checking {times.checking:.2f} s"
-        logger.info("version %d pushed to %d engines: %.2f GB, %s", version, len(ids), size, parts)
+        logger.info("version %d pushed: engines %d, %.2f GB, %s", version, len(ids), size, parts)
         return times
 
     def _until(self, version: int, ids: list[str], done: Callable[[EngineReport], bool], what: str) -> None:

@@ -76,8 +76,7 @@ def run(config: Config, folders: Sequence[Path], running: bool) -> Iterator[str]
     for folder, job, questions in asked:
         groups = [make_eval_group(config, question, job, version) for question in questions]
         book = AnswerBook(folder / ANSWERS, {group.group_id: group for group in groups}, keep_others=True)
-        with Progress(f"evaluating ({job.mode})", len(groups), "questions") as bar:
-            bar.advance(len(book.answers))
+        with Progress(f"evaluating ({job.mode})", len(groups), "questions", done=len(book.answers)) as bar:
             gather(store, collector, book, bar, window=WINDOW, ready=_ready(config, job))
         yield write_results(folder, job, book)
 

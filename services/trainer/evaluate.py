@@ -74,8 +74,7 @@ class Evaluator:
         asked = PendingEvaluation(label, version, step)
         started, book = time.monotonic(), self._book(asked)
         self._forget_strangers(book)
-        with Progress(f"evaluating ({label})", len(book.groups), "questions") as bar:
-            bar.advance(len(book.answers))
+        with Progress(f"evaluating ({label})", len(book.groups), "questions", done=len(book.answers)) as bar:
             gather(self.store, self.collector, book, bar, accept=lambda group: _is_of(group, version))
         return _evaluation(asked, book, time.monotonic() - started)
 
@@ -110,8 +109,7 @@ class Evaluator:
     def finish(self) -> list[tuple[PendingEvaluation, Evaluation]]:
         """Wait for all that are under way."""
         for pending, (book, _) in self._beside.items():
-            with Progress(f"evaluating ({pending.label})", len(book.groups), "questions") as bar:
-                bar.advance(len(book.answers))
+            with Progress(f"evaluating ({pending.label})", len(book.groups), "questions", done=len(book.answers)) as bar:
                 gather(self.store, self.collector, book, bar)
         return self.gather()
 

@@ -37,6 +37,14 @@ def test_a_bar_that_has_not_moved_promises_nothing() -> None:
     assert Progress("embedding", total=10).line().endswith("0/10  0.0/s ETA ?")
 
 
+def test_a_bar_that_goes_on_reckons_with_its_own_speed() -> None:
+    bar = Progress("evaluating", total=216, unit="questions", done=200)
+    assert bar.line().endswith("200/216 questions 0.0/s ETA ?")
+    bar._started -= 10
+    bar.advance(10)
+    assert bar.line().endswith("210/216 questions 1.0/s ETA 6s")
+
+
 @pytest.mark.parametrize(("total", "done"), [(10, 10), (10, 12), (0, 0)])
 def test_a_finished_bar_says_how_long_it_took(total: int, done: int) -> None:
     bar = Progress("embedding", total)

@@ -101,5 +101,5 @@ def test_every_group_was_trained_on_once_and_none_is_left(training: Training) ->
 
 
 def test_weights_were_pushed_to_the_engine_on_its_machine(lan: Lan, training: Training) -> None:
-    assert "pushed to 1 engines" in training.second[0].text()
+    assert "pushed: engines 1," in training.second[0].text()
     assert "its push failed" not in training.second[0].text()

@@ -15,7 +15,7 @@ from services.retriever import onnx_export
 from services.retriever.encoder import describe_encoder, load_encoder
 from services.retriever.errors import RetrieverError
 from services.retriever.families import EncoderDescription
-from services.retriever.onnx_encoder import ExportFailed
+from services.retriever.onnx_session import ExportFailed
 from tests.retriever import tiny_models
 
 TEXTS = ["Chad", "What is the capital of Chad?", "The harbour keeps a violin of the capital"]

@@ -203,7 +203,7 @@ def test_worker_trainer_and_redis_killed_in_the_middle_and_ctrl_c_lose_nothing(t
     try:
         suite.start(**more)
         suite.wait_for_text("step 1/4")
-        assert "pushed to 1 engines" in suite.text(), "the volume would have hidden a push that never works"
+        assert "pushed: engines 1," in suite.text(), "the volume would have hidden a push that never works"
         suite.find("rollout").send_signal(signal.SIGKILL)
         suite.wait_for_text("step 2/4")
         suite.find("trainer").send_signal(signal.SIGKILL)
