@@ -27,8 +27,8 @@ from torch import Tensor
 
 from benchmarks.publish_fleet import BUCKET_BYTES, measure_pause, measure_push
 from services.contract import weights
-from services.trainer.buckets import fill_buckets
-from services.trainer.hf_folder import write_hf_folder
+from services.trainer.publishing.buckets import fill_buckets
+from services.trainer.publishing.hf_folder import write_hf_folder
 
 ROUNDS, ENGINES = 5, 2
 

@@ -15,11 +15,11 @@ from services.contract.config import Config
 from services.contract.groups import GroupStore
 from services.contract.messages import Question
 from services.contract.policy import PolicyBoard, PolicyVersion
-from services.trainer.batch import Batches
-from services.trainer.collect import Collector
-from services.trainer.ledger import Ledger
-from services.trainer.questions import TrainingOrder
-from services.trainer.staleness import staleness_metrics
+from services.trainer.durable.ledger import Ledger
+from services.trainer.feeding.batch import Batches
+from services.trainer.feeding.collect import Collector
+from services.trainer.feeding.questions import TrainingOrder
+from services.trainer.feeding.staleness import staleness_metrics
 from tests.rollout.tiny_model import QUESTION, TURNS
 
 GROUPS, SAMPLES = 8, 8

@@ -10,7 +10,7 @@ from services.contract.messages import PromptGroup, Reward, Sampling, Span, Traj
 
 if TYPE_CHECKING:
     from services.contract.groups import GroupStore
-    from services.trainer.collect import CompleteGroup
+    from services.trainer.feeding.collect import CompleteGroup
 
 
 def make_sampling(**changes: object) -> Sampling:
@@ -78,7 +78,7 @@ def make_trajectory(
 
 def make_complete_group(group_id: str, rewards: list[float], version: int = 0) -> CompleteGroup:
     """A graded group as the trainer collects it."""
-    from services.trainer.collect import CompleteGroup
+    from services.trainer.feeding.collect import CompleteGroup
 
     played = [make_trajectory(group_id, sample, versions=(version,)) for sample in range(len(rewards))]
     graded = [msgspec.structs.replace(t, reward=r, reward_parts={"exact_match": r}) for t, r in zip(played, rewards, strict=True)]

@@ -102,7 +102,8 @@ def _see_through(config: str, model: Path, folders: list[Path], target: Path, ro
 def _conclude(folders: list[Path], target: Path, published: str, shown: bool) -> None:
     """The table of all modes, if all are finished."""
     from services.suite.published import published_rows
-    from services.suite.score_table import as_markdown, is_finished, make_table, read_evaluations, write_table
+    from services.suite.score_files import write_table
+    from services.suite.score_table import as_markdown, is_finished, make_table, read_evaluations
 
     logger = configure_logging("suite")
     if not all(is_finished(folder) for folder in folders):

@@ -70,7 +70,8 @@ def table(
 ) -> None:
     """Evaluations in one table, as papers print them: a row for each, a column for each set, published rows below."""
     from services.suite.published import published_rows
-    from services.suite.score_table import as_markdown, make_table, read_evaluations, write_table
+    from services.suite.score_files import write_table
+    from services.suite.score_table import as_markdown, make_table, read_evaluations
 
     with mistakes_told():
         made = make_table(read_evaluations(evaluations), published_rows(published))

@@ -8,7 +8,7 @@ The folder of an evaluation; of several modes, each has its own in it (`direct/`
 | `answers.jsonl` | every answer, as it came; a second start asks for the missing ones only                     |
 | `results.json`  | the scores with their intervals                                                             |
 | `results.md`    | the table that is printed                                                                   |
-| `table.*`       | all modes in one table, beside what others published: see score_table.py                    |
+| `table.*`       | all modes in one table, beside what others published: see score_files.py                    |
 | `suite/`        | the services' own: Redis, heartbeats, the engine's log                                      |
 """
 
@@ -150,6 +150,6 @@ def served_version(config: Config) -> int:
 def evaluate_running(config: Config, config_path: str, folders: Sequence[Path]) -> int:
     """Score the policy that the configuration's running suite serves; returns the exit code of the evaluator."""
     environment = os.environ | {"FORAGE_REDIS__URL": config.redis.url}
-    command = [sys.executable, "-m", "services.trainer.eval_main", "--config", config_path, "--running"]
+    command = [sys.executable, "-m", "services.trainer.evaluation.standalone", "--config", config_path, "--running"]
     command += [word for folder in folders for word in ("--job", str(folder))]
     return subprocess.run(command, env=environment).returncode

@@ -55,7 +55,7 @@ def make_eval_plan(
         services += _searching(config, config_path, folder)
     waits = ("redis", *(["retriever"] if own_retriever else []))
     services += _playing(config, config_path, folder, rollouts, after=waits)
-    arguments = ("trainer.eval_main", *(word for job in jobs for word in ("--job", str(job))))
+    arguments = ("trainer.evaluation.standalone", *(word for job in jobs for word in ("--job", str(job))))
     return [*services, _python("evaluator", arguments, config_path, folder, after=waits, final=True)]
 
 

@@ -1,11 +1,5 @@
 """Evaluations side by side, as papers print them: a row for each, a column for each set of questions, and what others published.
 
-| file         | holds                                                                                               |
-|--------------|-----------------------------------------------------------------------------------------------------|
-| `table.md`   | exact match of every row and set with its interval, published rows below; then all figures          |
-| `table.json` | the same as data (`ScoreTable`)                                                                     |
-| `table.png`  | exact match as bars with their intervals, published rows as marks; only where matplotlib is         |
-
 The average counts every set alike. Sets are independent, so its interval is made of theirs (`mean_of_independent`). A row that
 lacks one of the sets has no average: it would be one of other questions.
 """
@@ -27,7 +21,6 @@ from services.suite.compare import markdown
 from services.suite.published import PublishedRow, in_order
 from services.suite.text import visible
 
-TABLE_MD, TABLE_JSON, TABLE_PNG = "table.md", "table.json", "table.png"
 AVERAGE = "average"
 
 
@@ -185,20 +178,3 @@ def _share(scores: Scores | None, figure: str) -> str:
 
 def _percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}"
-
-
-# -- files -------------------------------------------------------------------------------------------------------------
-
-
-def write_table(table: ScoreTable, folder: Path) -> list[Path]:
-    """`table.md`, `table.json` and, where matplotlib is, `table.png`; returns what was written."""
-    from services.suite.score_plot import matplotlib_is_there, plot_table
-
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / TABLE_MD).write_text(as_markdown(table) + "\n")
-    (folder / TABLE_JSON).write_bytes(msgspec.json.format(msgspec.json.encode(table)))
-    written = [folder / TABLE_MD, folder / TABLE_JSON]
-    if matplotlib_is_there():
-        plot_table(table, folder / TABLE_PNG)
-        written.append(folder / TABLE_PNG)
-    return written

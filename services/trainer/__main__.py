@@ -41,7 +41,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _run(config: Config, logger, linger: bool) -> int:  # noqa: ANN001
-    from services.trainer.collect import CollectTimeout
+    from services.trainer.feeding.collect import CollectTimeout
     from services.trainer.megatron import distributed
     from services.trainer.ranks import StopRequested, is_lead
 

@@ -42,7 +42,7 @@ def export(config: Config, checkpoint: Path, target: Path) -> None:
     """Raises WeightsError when the checkpoint is damaged."""
     from services.trainer.megatron import distributed
     from services.trainer.megatron.learner import Learner
-    from services.trainer.publish import write_hf_folder
+    from services.trainer.publishing.publish import write_hf_folder
 
     verify(checkpoint)
     alone = config.model_copy(update={"trainer": config.trainer.model_copy(update=ALONE)})

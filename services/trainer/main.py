@@ -21,15 +21,15 @@ import time
 from collections.abc import Callable
 
 from services.contract.telemetry import format_seconds
-from services.trainer.collect import CompleteGroup
 from services.trainer.demonstrations import batches, demonstration_row, read_demonstrations
+from services.trainer.durable.ledger import STAGES, Stage
+from services.trainer.feeding.collect import CompleteGroup
+from services.trainer.feeding.staleness import staleness_metrics
 from services.trainer.learning_rate import rates, warmed_up
-from services.trainer.ledger import STAGES, Stage
 from services.trainer.megatron.loss import SupervisedLoss
-from services.trainer.metrics import Figures, learner_metrics, rollout_metrics, step_line, warm_start_metrics
+from services.trainer.monitoring.metrics import Figures, learner_metrics, rollout_metrics, step_line, warm_start_metrics
 from services.trainer.ranks import StopRequested
 from services.trainer.run import Run
-from services.trainer.staleness import staleness_metrics
 from services.trainer.update import update
 
 logger = logging.getLogger("trainer")

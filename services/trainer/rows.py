@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from services.contract.config import ObjectiveConfig
-from services.trainer.collect import CompleteGroup
+from services.trainer.feeding.collect import CompleteGroup
 from services.trainer.megatron.batching import Row
 from services.trainer.objective.advantages import RolloutBatch, gae_returns
 from services.trainer.objective.corrections import correct, mean_weight

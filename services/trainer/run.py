@@ -20,24 +20,24 @@ from services.contract.scores import Evaluation
 from services.contract.store import connect
 from services.contract.telemetry import Heartbeat
 from services.contract.weights import version_folder
-from services.trainer.batch import Batches
-from services.trainer.checkpoints import Checkpoints
-from services.trainer.collect import Collector, CompleteGroup
-from services.trainer.evaluate import Evaluator
-from services.trainer.journal import Journal, Kind
-from services.trainer.ledger import Ledger, PendingEvaluation
-from services.trainer.loggers import open_listeners
+from services.trainer.durable.checkpoints import Checkpoints
+from services.trainer.durable.ledger import Ledger, PendingEvaluation
+from services.trainer.durable.reference import forget_references, kept_reference, reference_folder, refresh_is_due
+from services.trainer.durable.room import Patiently, copy_durably, pause, when_there_is_room
+from services.trainer.evaluation.evaluate import Evaluator
+from services.trainer.feeding.batch import Batches
+from services.trainer.feeding.collect import Collector, CompleteGroup
+from services.trainer.feeding.questions import TrainingOrder, read_questions, stratified
 from services.trainer.megatron.critic import Critic
 from services.trainer.megatron.learner import Learner
-from services.trainer.metrics import evaluation_metrics, flow_metrics
+from services.trainer.monitoring.journal import Journal, Kind
+from services.trainer.monitoring.loggers import open_listeners
+from services.trainer.monitoring.metrics import evaluation_metrics, flow_metrics
+from services.trainer.monitoring.report import evaluation_line, results_table
+from services.trainer.monitoring.transcripts import write_transcripts
 from services.trainer.objective.functions import check_functions
-from services.trainer.publish import Publisher
-from services.trainer.questions import TrainingOrder, read_questions, stratified
+from services.trainer.publishing.publish import Publisher
 from services.trainer.ranks import StopFlag, is_lead, on_lead, on_lead_with_export
-from services.trainer.reference import forget_references, kept_reference, reference_folder, refresh_is_due
-from services.trainer.report import evaluation_line, results_table
-from services.trainer.room import Patiently, copy_durably, pause, when_there_is_room
-from services.trainer.transcripts import write_transcripts
 
 logger = logging.getLogger("trainer")
 

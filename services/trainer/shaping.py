@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from services.contract.config import ObjectiveConfig
-from services.trainer.collect import CompleteGroup
+from services.trainer.feeding.collect import CompleteGroup
 
 
 def overlong_penalty(model_tokens: int, limit: int, buffer: int) -> float:

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from services.contract.config import ObjectiveConfig
-from services.trainer.collect import CompleteGroup
+from services.trainer.feeding.collect import CompleteGroup
 from services.trainer.learning_rate import Rates
 from services.trainer.megatron.batching import Row
 from services.trainer.megatron.loss import PolicyLoss

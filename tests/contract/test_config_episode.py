@@ -9,7 +9,7 @@ import pytest
 from services.contract.config import Config, ConfigError, load_config
 from services.contract.messages import Question
 from services.contract.transcript import SEARCH_R1, Layout
-from services.trainer.questions import make_group
+from services.trainer.feeding.questions import make_group
 
 
 def load(folder: Path, rollout: str) -> Config:

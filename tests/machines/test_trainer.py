@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from services.contract.groups import GroupStore
-from services.trainer.checkpoints import Checkpoints
+from services.trainer.durable.checkpoints import Checkpoints
 from tests.machines.conftest import PASSWORD, PUSH_ADDRESS, Suite
 from tests.machines.lan import Lan, Process
 

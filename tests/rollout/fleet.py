@@ -21,7 +21,7 @@ from services.rollout.policy_watcher import PolicyWatcher
 from services.rollout.supervisor import Supervisor
 from services.rollout.tasks import run_in
 from services.rollout.version_files import VersionFiles
-from services.trainer.publish import Publisher
+from services.trainer.publishing.publish import Publisher
 from tests.factories import make_sampling
 from tests.rollout.conftest import make_config
 from tests.rollout.tiny_model import reference_logprobs

@@ -22,10 +22,10 @@ import torch.multiprocessing as mp
 from services.contract.config import Config
 from services.contract.policy import PolicyBoard
 from services.contract.store import connect
-from services.trainer.collective import EngineGroup
 from services.trainer.megatron import distributed
 from services.trainer.megatron.learner import Learner
-from services.trainer.publish import Publisher
+from services.trainer.publishing.collective import EngineGroup
+from services.trainer.publishing.publish import Publisher
 from services.trainer.ranks import StopFlag, StopRequested, is_lead, on_lead_with_export
 from tests.conftest import free_port
 

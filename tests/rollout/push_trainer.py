@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from services.contract.config import Config
 from services.contract.policy import PolicyBoard
 from services.contract.store import connect
-from services.trainer.collective import EngineGroup
-from services.trainer.publish import Publisher
+from services.trainer.publishing.collective import EngineGroup
+from services.trainer.publishing.publish import Publisher
 from tests.conftest import free_port
 
 

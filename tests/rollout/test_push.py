@@ -21,7 +21,7 @@ from services.contract.push import PushBoard
 from services.rollout import receiver
 from services.rollout.generation import Generation
 from services.rollout.own_engine import OwnEngine
-from services.trainer.collective import EngineGroup
+from services.trainer.publishing.collective import EngineGroup
 from tests.factories import make_sampling
 from tests.rollout.conftest import make_config
 from tests.rollout.fleet import PROMPT, Fleet, Minded, until_written

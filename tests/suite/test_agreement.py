@@ -13,7 +13,7 @@ from services.contract.transcript import observation
 from services.reward.grade import grade
 from services.rollout.tokens import prompt_ids
 from services.trainer.demonstrations import demonstration_row
-from services.trainer.questions import make_group
+from services.trainer.feeding.questions import make_group
 
 CONFIGS = sorted(Path("configs").glob("*.toml"))
 DEMONSTRATION = Demonstration(

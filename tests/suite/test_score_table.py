@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from services.contract.config import ConfigError
 from services.contract.eval_job import JOB, RESULTS, EvalJob, EvalResult
 from services.contract.scores import FIGURES, Scores, by_source, score
-from services.suite import score_plot
+from services.suite import score_files
 from services.suite.cli import app
 from services.suite.cli_models import _conclude
 from services.suite.compare import read_side
@@ -156,7 +156,7 @@ def test_an_evaluation_of_several_modes_ends_with_their_table_once_all_are_finis
 
 
 def test_without_matplotlib_the_picture_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(score_plot, "matplotlib_is_there", lambda: False)
+    monkeypatch.setattr(score_files, "matplotlib_is_there", lambda: False)
     made = evaluated(tmp_path / "a", {"nq": (3, 10)})
     done = CliRunner().invoke(app, ["runs", "table", str(made), "--out", str(tmp_path / "out")])
     assert done.exit_code == 0 and sorted(path.name for path in (tmp_path / "out").iterdir()) == ["table.json", "table.md"]

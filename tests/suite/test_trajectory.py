@@ -18,8 +18,8 @@ from services.contract.messages import Trajectory
 from services.suite import trajectory as commands
 from services.suite.catalogue import COMPARED, NotFound, near, resolve
 from services.suite.trajectory import find
-from services.trainer.collect import CompleteGroup
-from services.trainer.transcripts import write_transcripts
+from services.trainer.feeding.collect import CompleteGroup
+from services.trainer.monitoring.transcripts import write_transcripts
 from tests.factories import grade, make_group, make_trajectory
 from tests.suite.conftest import configure
 

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 
 from services.contract.config import Config, ObjectiveConfig
-from services.trainer.collect import CompleteGroup
-from services.trainer.hf_folder import write_hf_folder
+from services.trainer.feeding.collect import CompleteGroup
 from services.trainer.learning_rate import Rates
 from services.trainer.megatron.batching import Row
 from services.trainer.megatron.critic import Critic
 from services.trainer.megatron.learner import Learner
+from services.trainer.publishing.hf_folder import write_hf_folder
 from services.trainer.rows import policy_rows
 from services.trainer.update import update
 from tests.trainer.learner_reports import Weights, fresh_folder, same, weights

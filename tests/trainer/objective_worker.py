@@ -17,7 +17,7 @@ warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 
 from services.contract.config import Config  # noqa: E402
-from services.trainer.collect import CompleteGroup  # noqa: E402
+from services.trainer.feeding.collect import CompleteGroup  # noqa: E402
 from services.trainer.learning_rate import Rates  # noqa: E402
 from services.trainer.megatron import distributed  # noqa: E402
 from services.trainer.megatron.learner import Learner  # noqa: E402

@@ -31,8 +31,8 @@ from services.contract.messages import PromptGroup, Span, Trajectory, VersionSpa
 from services.contract.policy import PolicyBoard, PolicyVersion
 from services.contract.store import connect
 from services.contract.weights import read_manifest
-from services.trainer.checkpoints import Checkpoints
-from services.trainer.ledger import Ledger
+from services.trainer.durable.checkpoints import Checkpoints
+from services.trainer.durable.ledger import Ledger
 from tests.conftest import free_port
 from tests.factories import grade
 from tests.trainer.tiny_models import save_tiny

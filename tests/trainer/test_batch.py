@@ -13,11 +13,11 @@ from services.contract.config import Config
 from services.contract.grading_tries import GradingTries, Try
 from services.contract.groups import GroupStore, Lease
 from services.contract.messages import Question
-from services.trainer import collect
-from services.trainer.batch import Batches
-from services.trainer.collect import Collector, CollectTimeout
-from services.trainer.ledger import Ledger
-from services.trainer.questions import TrainingOrder
+from services.trainer.durable.ledger import Ledger
+from services.trainer.feeding import collect
+from services.trainer.feeding.batch import Batches
+from services.trainer.feeding.collect import Collector, CollectTimeout
+from services.trainer.feeding.questions import TrainingOrder
 from tests.factories import grade, make_trajectory
 
 GROUPS, SAMPLES = 3, 2

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.trainer.buckets import all_tensors, engine_checksums, engine_name, fill_buckets
+from services.trainer.publishing.buckets import all_tensors, engine_checksums, engine_name, fill_buckets
 
 TENSORS = {
     "model.embed_tokens.weight": torch.arange(130.0).reshape(65, 2),

@@ -8,8 +8,8 @@ import pytest
 
 from services.contract.config.trainer import TrainerConfig
 from services.contract.weights import WeightsError
-from services.trainer.checkpoints import Checkpoints
-from services.trainer.ledger import Ledger
+from services.trainer.durable.checkpoints import Checkpoints
+from services.trainer.durable.ledger import Ledger
 
 
 def state(folder: Path, text: str) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from services.trainer.collapse import QUIET, SIGNS, onsets, showing, warning_metrics
+from services.trainer.monitoring.collapse import QUIET, SIGNS, onsets, showing, warning_metrics
 
 COLLAPSES: dict[str, tuple[str, list[float]]] = {
     "mismatch": ("mismatch/k3", [1e-4] * 5 + [0.02] * 3),

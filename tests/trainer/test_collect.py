@@ -7,7 +7,7 @@ import pytest
 
 from services.contract.messages import PromptGroup
 from services.rollout.worker import failed_sample
-from services.trainer.collect import CompleteGroup
+from services.trainer.feeding.collect import CompleteGroup
 from services.trainer.rows import policy_rows
 from tests.factories import make_complete_group, make_group
 

@@ -17,9 +17,9 @@ import torch
 from services.contract.config import Config
 from services.contract.policy import EngineReport, PolicyBoard, PolicyVersion
 from services.contract.weights import is_published, published_versions
-from services.trainer.buckets import Bucket, fill_buckets
-from services.trainer.collective import Pusher, PushFailed, PushTimes, first_ranks, members_of
-from services.trainer.publish import Publisher
+from services.trainer.publishing.buckets import Bucket, fill_buckets
+from services.trainer.publishing.collective import Pusher, PushFailed, PushTimes, first_ranks, members_of
+from services.trainer.publishing.publish import Publisher
 
 BUCKETS = fill_buckets([("a", torch.ones(4))], torch.float32, 1 << 16)
 

@@ -16,11 +16,11 @@ from services.contract.grading_tries import GradingTries
 from services.contract.groups import GroupStore, Lease
 from services.contract.messages import Question
 from services.contract.scores import Evaluation
-from services.trainer.batch import Batches
-from services.trainer.collect import Collector
-from services.trainer.evaluate import Evaluator, feed
-from services.trainer.ledger import Ledger, PendingEvaluation
-from services.trainer.questions import TrainingOrder
+from services.trainer.durable.ledger import Ledger, PendingEvaluation
+from services.trainer.evaluation.evaluate import Evaluator, feed
+from services.trainer.feeding.batch import Batches
+from services.trainer.feeding.collect import Collector
+from services.trainer.feeding.questions import TrainingOrder
 from tests.factories import grade, make_trajectory
 
 PARTS = {"exact_match": 0.0, "sub_match": 1.0, "f1": 0.5, "format": 1.0}
@@ -202,7 +202,7 @@ def test_a_group_in_the_file_that_was_not_released_is_released_by_the_next_proce
     for held in lease(store, 2):
         play(store, held)
     with monkeypatch.context() as killed_before_it_could:
-        killed_before_it_could.setattr("services.trainer.evaluate.release", lambda *_: None)
+        killed_before_it_could.setattr("services.trainer.evaluation.evaluate.release", lambda *_: None)
         first.evaluator.gather()
     assert len(store.in_flight()) == 2
     again = Bench(store, tmp_path)

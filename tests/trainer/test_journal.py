@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from services.contract.config import Config, ConfigError
-from services.trainer.exporter import Exporter
-from services.trainer.journal import Journal
-from services.trainer.loggers import TensorBoard, open_listeners
+from services.trainer.monitoring.exporter import Exporter
+from services.trainer.monitoring.journal import Journal
+from services.trainer.monitoring.loggers import TensorBoard, open_listeners
 from tests.conftest import free_port
 
 

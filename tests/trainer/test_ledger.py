@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.trainer.ledger import Ledger, Stage
+from services.trainer.durable.ledger import Ledger, Stage
 
 
 @pytest.mark.parametrize(

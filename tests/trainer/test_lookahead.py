@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.trainer.lookahead import Lookahead
+from services.trainer.feeding.lookahead import Lookahead
 
 
 def run(lookahead: Lookahead, batch: int, played_a_step: int, steps: int = 20) -> list[int]:

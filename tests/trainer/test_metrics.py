@@ -7,9 +7,9 @@ import pytest
 
 from services.contract.messages import Span, Trajectory, VersionSpan
 from services.contract.scores import Evaluation
-from services.trainer.ledger import Ledger
-from services.trainer.metrics import evaluation_metrics, learner_metrics, rollout_metrics, thought_share
-from services.trainer.staleness import staleness_metrics
+from services.trainer.durable.ledger import Ledger
+from services.trainer.feeding.staleness import staleness_metrics
+from services.trainer.monitoring.metrics import evaluation_metrics, learner_metrics, rollout_metrics, thought_share
 from tests.factories import make_complete_group, make_trajectory
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from services.trainer.collect import CompleteGroup
+from services.trainer.feeding.collect import CompleteGroup
 from tests.conftest import free_port
 from tests.trainer.plain_objectives import FAMILIES, Groups, Rollout
 from tests.trainer.plain_torch import response_logprobs

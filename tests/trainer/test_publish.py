@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from services.contract.config import Config
 from services.contract.policy import EngineReport, PolicyBoard, PolicyVersion
 from services.contract.weights import NoSpace, verify, version_folder
-from services.trainer import hf_folder, room
-from services.trainer.hf_folder import write_hf_folder
-from services.trainer.publish import Publisher
+from services.trainer.durable import room
+from services.trainer.publishing import hf_folder
+from services.trainer.publishing.hf_folder import write_hf_folder
+from services.trainer.publishing.publish import Publisher
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.weight": torch.ones(4)}
 

@@ -15,7 +15,7 @@ import torch
 from services.contract.config import Config
 from services.contract.policy import EngineReport, PolicyBoard, PolicyVersion
 from services.contract.weights import published_versions, verify, version_folder
-from services.trainer.publish import Publisher
+from services.trainer.publishing.publish import Publisher
 from tests.reward.conftest import wait_until
 
 RUN = "quickstart"
@@ -23,7 +23,7 @@ KILLED_TRAINER = """
 import os, signal, sys
 import redis
 from services.contract.policy import PolicyBoard
-from services.trainer.publish import Publisher
+from services.trainer.publishing.publish import Publisher
 from tests.trainer.test_publish_crash import RUN, export, make_config
 
 model, port, moment = sys.argv[1:]

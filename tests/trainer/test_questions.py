@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from services.contract.config import ConfigError
 from services.contract.messages import Question
-from services.trainer.ledger import Ledger
-from services.trainer.questions import CYCLE, TrainingOrder, cycle_places, read_questions
+from services.trainer.durable.ledger import Ledger
+from services.trainer.feeding.questions import CYCLE, TrainingOrder, cycle_places, read_questions
 
 SIZES = st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 40), min_size=1, max_size=5)
 WEIGHTS = st.floats(0.001, 1000)

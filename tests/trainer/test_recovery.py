@@ -15,7 +15,7 @@ import pytest
 
 from services.contract.messages import PromptGroup
 from services.contract.policy import EngineReport, PolicyVersion
-from services.trainer.checkpoints import Checkpoints
+from services.trainer.durable.checkpoints import Checkpoints
 from tests.conftest import RedisServer
 from tests.trainer.run_to_kill import (
     GROUPS,
@@ -40,13 +40,13 @@ COPY = "services.trainer.run:copy_durably"
 IN_STEP_2, AT_THE_CHECKPOINT = Point(PUBLISH, 3), Point(CHECKPOINT, 5)
 """Publications: the warm start, then each step. Checkpoints: evaluation, half and whole warm start, evaluation, step 2."""
 
-LOAD = "services.trainer.collect:Collector._load"
-FEED_ONE, NEXT_BATCH = "services.trainer.batch:Batches._feed_one", "services.trainer.batch:Batches.next_batch"
-KEEP = "services.trainer.answer_book:AnswerBook.keep"
+LOAD = "services.trainer.feeding.collect:Collector._load"
+FEED_ONE, NEXT_BATCH = "services.trainer.feeding.batch:Batches._feed_one", "services.trainer.feeding.batch:Batches.next_batch"
+KEEP = "services.trainer.evaluation.answer_book:AnswerBook.keep"
 SAVE = "services.trainer.megatron.learner:Learner.save"
 
 CELLS: dict[str, list[Point]] = {
-    "evaluating": [Point("services.trainer.evaluate:Evaluator.evaluate", 2), Point(LOAD, 1, "after")],
+    "evaluating": [Point("services.trainer.evaluation.evaluate:Evaluator.evaluate", 2), Point(LOAD, 1, "after")],
     "in the warm start": [Point(TRAIN_STEP, 3)],
     "warm start published, not recorded": [Point(PUBLISH, 1), Point(COMMIT, 1, "after")],
     "feeding": [Point(FEED_ONE, 3, "after")],
@@ -63,7 +63,7 @@ CELLS: dict[str, list[Point]] = {
     "checkpoint, after its state": [AT_THE_CHECKPOINT, Point(SAVE, 1, "after")],
     "checkpoint, before the manifest": [AT_THE_CHECKPOINT, Point(SEAL)],
     "checkpoint, before the rename": [AT_THE_CHECKPOINT, Point(SEAL, 1, "after")],
-    "checkpoint, after the rename": [AT_THE_CHECKPOINT, Point("services.trainer.checkpoints:publish", 1, "after")],
+    "checkpoint, after the rename": [AT_THE_CHECKPOINT, Point("services.trainer.durable.checkpoints:publish", 1, "after")],
     "acknowledging": [AT_THE_CHECKPOINT, Point("services.contract.groups:GroupStore.release", 1, "after")],
     "evaluating between two steps": [AT_THE_CHECKPOINT, Point(LOAD, 1, "after")],
     "learned the last step, saved the one before": [Point(PUBLISH, 4, "after")],

@@ -8,8 +8,8 @@ import pytest
 
 from services.contract.config import ConfigError
 from services.contract.weights import publish
-from services.trainer.reference import forget_references, kept_reference, reference_folder, refresh_is_due
-from services.trainer.room import copy_durably
+from services.trainer.durable.reference import forget_references, kept_reference, reference_folder, refresh_is_due
+from services.trainer.durable.room import copy_durably
 
 
 def written(run: Path, *steps: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from services.contract.scores import Evaluation
-from services.trainer.report import evaluation_line, results_table
+from services.trainer.monitoring.report import evaluation_line, results_table
 
 
 def evaluation(label: str, exact_match: float) -> Evaluation:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from services.contract.weights import NoSpace
-from services.trainer import room
-from services.trainer.journal import Journal
+from services.trainer.durable import room
+from services.trainer.durable.room import copy_durably, full_disk_told, pause, when_there_is_room, write_durably
+from services.trainer.monitoring.journal import Journal
 from services.trainer.ranks import StopRequested
-from services.trainer.room import copy_durably, full_disk_told, pause, when_there_is_room, write_durably
 
 # TensorBoard writes in a thread, which ends with the full disk's error before the trainer hears of it.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

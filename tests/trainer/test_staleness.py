@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from services.contract.config import Config
 from services.contract.groups import GroupStore, Lease
 from services.contract.messages import Question
-from services.trainer import collect
-from services.trainer.batch import Batches
-from services.trainer.collect import Collector, CompleteGroup
-from services.trainer.ledger import Ledger
-from services.trainer.questions import TrainingOrder, training_index
+from services.trainer.durable.ledger import Ledger
+from services.trainer.feeding import collect
+from services.trainer.feeding.batch import Batches
+from services.trainer.feeding.collect import Collector, CompleteGroup
+from services.trainer.feeding.questions import TrainingOrder, training_index
 from tests.factories import grade, make_trajectory
 
 GROUPS, SAMPLES, STEPS, CHECKPOINT_EVERY = 3, 2, 5, 2

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from services.contract.messages import Span, VersionSpan
-from services.trainer.collect import CompleteGroup
+from services.trainer.feeding.collect import CompleteGroup
 from tests.factories import make_trajectory
 
 VOCAB = 259

@@ -47,11 +47,11 @@ WAIT_FOR_ROOM_S = 0.5
 
 
 def main() -> None:
-    for module in ("main", "run", "publish", "megatron.distributed"):
+    for module in ("main", "run", "publishing.publish", "megatron.distributed"):
         importlib.import_module(f"services.trainer.{module}")
     importlib.import_module("torch.utils.tensorboard")
     importlib.import_module("transformers.models.auto.tokenization_auto")
-    setattr(importlib.import_module("services.trainer.room"), "WAIT_S", WAIT_FOR_ROOM_S)  # noqa: B010 - a setting replaced on purpose
+    setattr(importlib.import_module("services.trainer.durable.room"), "WAIT_S", WAIT_FOR_ROOM_S)  # noqa: B010 - a setting replaced on purpose
     decode = msgspec.json.Decoder(Job).decode
     for line in sys.stdin.buffer:
         job = decode(line)

@@ -26,7 +26,7 @@ from pathlib import Path
 import msgspec
 
 from services.contract.weights import MANIFEST, WeightsError, collect_garbage, publish, published_versions, verify, version_folder
-from services.trainer.ledger import Ledger
+from services.trainer.durable.ledger import Ledger
 
 logger = logging.getLogger("trainer")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from services.contract.config import Config, ConfigError, dump_config
-from services.trainer.journal import Journal, Row, last_values, numbers
+from services.trainer.monitoring.journal import Journal, Row, last_values, numbers
 
 logger = logging.getLogger("trainer")
 
@@ -28,7 +28,7 @@ def open_listeners(config: Config, journal: Journal) -> None:
     if config.run.wandb:
         journal.listeners.append(WeightsAndBiases(config, rows))
     if config.trainer.metrics_port:
-        from services.trainer.exporter import Exporter
+        from services.trainer.monitoring.exporter import Exporter
 
         journal.listeners.append(Exporter(config.trainer.metrics_host, config.trainer.metrics_port, last_values(rows)))
 

@@ -28,7 +28,7 @@ from services.contract.config import Config
 from services.contract.eval_job import EvalJob, Mode
 from services.contract.messages import PromptGroup, Question
 from services.contract.transcript import passages_text
-from services.trainer.questions import make_group
+from services.trainer.feeding.questions import make_group
 
 ASKED: dict[Mode, str] = {
     "direct": "Answer with a few words between <answer> and </answer>.\n\nQuestion: {question}",

@@ -39,10 +39,10 @@ from services.contract.weights import (
     verify,
     version_folder,
 )
-from services.trainer.buckets import Bucket, all_tensors, fill_buckets
-from services.trainer.collective import Pusher, PushFailed, PushTimes
-from services.trainer.hf_folder import write_hf_folder
-from services.trainer.room import pause, when_there_is_room
+from services.trainer.durable.room import pause, when_there_is_room
+from services.trainer.publishing.buckets import Bucket, all_tensors, fill_buckets
+from services.trainer.publishing.collective import Pusher, PushFailed, PushTimes
+from services.trainer.publishing.hf_folder import write_hf_folder
 
 logger = logging.getLogger("trainer")
 

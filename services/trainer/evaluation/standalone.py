@@ -1,4 +1,4 @@
-"""`python -m services.trainer.eval_main --config FILE --job FOLDER`: one model's scores on question files, without training.
+"""`python -m services.trainer.evaluation.standalone --config FILE --job FOLDER`: scores of one model, without a run.
 
 `--job` may be given again: the folders' jobs are played one after another with the same engines, as the modes of one model are.
 
@@ -28,13 +28,13 @@ from services.contract.policy import PolicyBoard, PolicyVersion
 from services.contract.scores import by_source, score
 from services.contract.store import RedisAway, connect
 from services.contract.telemetry import Heartbeat, Progress, configure_logging
-from services.trainer.answer_book import AnswerBook
-from services.trainer.collect import Collector, CollectTimeout
-from services.trainer.eval_modes import RetrieverAway, make_eval_group, with_passages
-from services.trainer.evaluate import gather
-from services.trainer.questions import read_questions, stratified
+from services.trainer.evaluation.answer_book import AnswerBook
+from services.trainer.evaluation.evaluate import gather
+from services.trainer.evaluation.modes import RetrieverAway, make_eval_group, with_passages
+from services.trainer.feeding.collect import Collector, CollectTimeout
+from services.trainer.feeding.questions import read_questions, stratified
+from services.trainer.monitoring.report import scores_table
 from services.trainer.ranks import StopRequested
-from services.trainer.report import scores_table
 
 WINDOW = 512
 """Groups fed at a time: a set of fifty thousand questions must not fill Redis."""
@@ -44,7 +44,7 @@ READING_S = 10.0
 
 def main() -> None:
     logger = configure_logging("eval")
-    parser = argparse.ArgumentParser(prog="python -m services.trainer.eval_main", description="Scores one model.")
+    parser = argparse.ArgumentParser(prog="python -m services.trainer.evaluation.standalone", description="Scores one model.")
     parser.add_argument("--config", required=True, help="a TOML file")
     parser.add_argument("--job", required=True, type=Path, action="append", help="a folder with job.json; may be given again")
     parser.add_argument("--running", action="store_true", help="use the policy that a running suite serves")

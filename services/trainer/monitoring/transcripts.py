@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from services.contract.messages import Trajectory
-from services.trainer.collect import CompleteGroup, versions_of
-from services.trainer.room import write_durably
+from services.trainer.durable.room import write_durably
+from services.trainer.feeding.collect import CompleteGroup, versions_of
 
 
 def transcript_row(trajectory: Trajectory) -> dict[str, Any]:

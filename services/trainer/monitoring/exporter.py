@@ -15,7 +15,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from services.contract.config import ConfigError
-from services.trainer.journal import Row, numbers
+from services.trainer.monitoring.journal import Row, numbers
 
 PREFIX = "forage_trainer_"
 _NOT_IN_A_NAME = re.compile(r"[^a-zA-Z0-9_]")

@@ -26,11 +26,11 @@ from itertools import count
 from services.contract.config import Config
 from services.contract.groups import GroupStore
 from services.contract.messages import DeadLetter
-from services.trainer.collect import Collector, CompleteGroup
-from services.trainer.ledger import Ledger
-from services.trainer.lookahead import Lookahead
+from services.trainer.durable.ledger import Ledger
+from services.trainer.feeding.collect import Collector, CompleteGroup
+from services.trainer.feeding.lookahead import Lookahead
+from services.trainer.feeding.questions import TrainingOrder, make_group, training_group_id, training_index
 from services.trainer.objective.advantages import zero_variance
-from services.trainer.questions import TrainingOrder, make_group, training_group_id, training_index
 from services.trainer.shaping import shaped_rewards
 
 logger = logging.getLogger("trainer")

@@ -31,11 +31,11 @@ from services.contract.groups import GroupStore
 from services.contract.messages import PromptGroup, Question
 from services.contract.scores import Evaluation, by_source, kind_row, score
 from services.contract.telemetry import Progress
-from services.trainer.answer_book import AnswerBook, answer_of
-from services.trainer.collect import Collector, CompleteGroup
-from services.trainer.ledger import PendingEvaluation
-from services.trainer.questions import make_group
-from services.trainer.room import Patiently
+from services.trainer.durable.ledger import PendingEvaluation
+from services.trainer.durable.room import Patiently
+from services.trainer.evaluation.answer_book import AnswerBook, answer_of
+from services.trainer.feeding.collect import Collector, CompleteGroup
+from services.trainer.feeding.questions import make_group
 
 logger = logging.getLogger("trainer")
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from services.contract.messages import DeadLetter, PromptGroup, Trajectory
 from services.contract.scores import Answer, append_lines, figures_of, read_answers, write_lines
-from services.trainer.collect import CompleteGroup
-from services.trainer.room import Patiently, full_disk_told
-from services.trainer.transcripts import transcript_row
+from services.trainer.durable.room import Patiently, full_disk_told
+from services.trainer.feeding.collect import CompleteGroup
+from services.trainer.monitoring.transcripts import transcript_row
 
 logger = logging.getLogger("trainer")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
-from services.trainer.collect import CompleteGroup, versions_of
-from services.trainer.ledger import Ledger
+from services.trainer.durable.ledger import Ledger
+from services.trainer.feeding.collect import CompleteGroup, versions_of
 
 
 def staleness_metrics(groups: list[CompleteGroup], ledger: Ledger, bound: int) -> dict[str, Any]:

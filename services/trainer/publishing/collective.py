@@ -30,7 +30,7 @@ from services.contract.config import Config
 from services.contract.policy import EngineReport, PolicyBoard
 from services.contract.push import Push, WeightGroup
 from services.contract.store import RedisAway
-from services.trainer.buckets import Bucket, engine_checksums
+from services.trainer.publishing.buckets import Bucket, engine_checksums
 
 logger = logging.getLogger("trainer")
 
@@ -87,11 +87,13 @@ class EngineGroup:
         store = c10d.PrefixStore(self.plan.name, self._store)
         backend = c10d.Backend(self.plan.backend)
         name = c10d.GroupName(self.plan.name)
-        self._group, _ = _attempt(
+        group, _ = _attempt(
             lambda: c10d._new_process_group_helper(self.plan.size, 0, [], backend, store, name, timeout=self._timeout),
             "not every engine joined within weights.push_timeout_s",
         )
-        c10d._world.pg_group_ranks[self._group] = {rank: rank for rank in range(self.plan.size)}
+        assert group is not None, "rank 0 belongs to it"
+        c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(self.plan.size)}
+        self._group = group
 
     def broadcast(self, flat: Tensor) -> None:
         """Send `flat`, [bytes] uint8, to every engine. Raises PushFailed when one is gone or too slow."""

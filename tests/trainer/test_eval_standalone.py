@@ -16,9 +16,16 @@ from services.contract.eval_job import ANSWERS, JOB, MODES, EvalJob, read_result
 from services.contract.groups import GroupStore
 from services.contract.messages import PromptGroup, Question
 from services.contract.policy import PolicyBoard, PolicyVersion
-from services.trainer import eval_modes
-from services.trainer.eval_main import choose, run
-from services.trainer.eval_modes import RetrieverAway, baseline_prompt, make_eval_group, question_group_id, retrieve, with_passages
+from services.trainer.evaluation import modes
+from services.trainer.evaluation.modes import (
+    RetrieverAway,
+    baseline_prompt,
+    make_eval_group,
+    question_group_id,
+    retrieve,
+    with_passages,
+)
+from services.trainer.evaluation.standalone import choose, run
 from services.trainer.ranks import StopRequested
 from tests.factories import grade, make_trajectory
 from tests.rollout.standins import StandInRetriever
@@ -188,7 +195,7 @@ def test_a_stop_keeps_what_has_come(bench: Bench, monkeypatch: pytest.MonkeyPatc
         if (bench.folder / ANSWERS).exists() and len(bench.ids()) >= 3:
             raise StopRequested
 
-    monkeypatch.setattr("services.trainer.eval_main._stop_check", lambda: stop_after_three)
+    monkeypatch.setattr("services.trainer.evaluation.standalone._stop_check", lambda: stop_after_three)
     bench.job()
     with pytest.raises(StopRequested):
         bench.run()
@@ -240,7 +247,7 @@ def test_without_a_chat_template_the_baselines_prompt_is_one_text() -> None:
 
 @pytest.mark.parametrize("status", [404, 500])
 def test_a_retriever_that_cannot_be_used_is_told(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eval_modes, "PAUSE_S", 0.01)
+    monkeypatch.setattr(modes, "PAUSE_S", 0.01)
     retriever = StandInRetriever()
     retriever.always = status
     try:

@@ -21,7 +21,7 @@ from typing import Any
 
 from services.contract.messages import Trajectory
 from services.contract.scores import Evaluation
-from services.trainer.collect import CompleteGroup
+from services.trainer.feeding.collect import CompleteGroup
 from services.trainer.objective.advantages import zero_variance
 
 Figures = dict[str, Any]

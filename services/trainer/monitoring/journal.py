@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from services.contract.files import replace_file, sync
-from services.trainer.collapse import onsets, warning_metrics
-from services.trainer.room import Patiently, full_disk_told
+from services.trainer.durable.room import Patiently, full_disk_told
+from services.trainer.monitoring.collapse import onsets, warning_metrics
 
 logger = logging.getLogger("trainer")
 

@@ -2,7 +2,7 @@
 
 | what is written                        | a full disk                                                                        |
 |----------------------------------------|------------------------------------------------------------------------------------|
-| a policy version (`publish.py`)        | waited for; older versions that no engine reads are deleted first                  |
+| a policy version (publishing/)         | waited for; older versions that no engine reads are deleted first                  |
 | a checkpoint                           | waited for; older ones are deleted first, if the newest is whole                   |
 | the journal, transcripts, a reference, | waited for; half a row or half a folder is taken back first                        |
 | the answers of an evaluation           |                                                                                    |

@@ -1,0 +1,1 @@
+"""What survives a crash: the ledger, checkpoints, and waiting for a full disk."""

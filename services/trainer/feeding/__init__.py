@@ -1,0 +1,1 @@
+"""From questions to batches: what is fed, collected and cut."""

@@ -1,0 +1,1 @@
+"""How a policy version reaches the engines: over the volume, or pushed."""
