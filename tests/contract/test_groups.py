@@ -234,8 +234,10 @@ def test_a_redis_that_comes_back_in_time_is_waited_for(tmp_path) -> None:
     store = GroupStore(connect(RedisConfig(url=server.url, retry_s=20)), "test")
     store.feed(make_group())
     server.kill()
-    threading.Timer(1.5, server.start).start()
+    comeback = threading.Timer(1.5, server.start)
+    comeback.start()
     assert store.accounts().fed == 1, "the append-only file kept the group"
+    comeback.join()
     server.kill()
 
 

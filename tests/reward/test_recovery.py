@@ -86,12 +86,14 @@ def test_a_redis_that_restarts_is_waited_for_by_sender_and_worker(own_bench: Ben
     wait_until(lambda: bench.is_graded("t0/0"))
     bench.server.kill()
     wait_until(lambda: worker.state().startswith("starting"), what="the heartbeat says that the broker is away")
-    threading.Timer(2.0, bench.server.start).start()
+    comeback = threading.Timer(2.0, bench.server.start)
+    comeback.start()
     for sample in (1, 2, 3):
         send_for_grading(bench.app, f"t0/{sample}")
     wait_until(lambda: len(bench.notices()) == 4, 25, "all graded")
     wait_until(worker.is_ready)
     assert announced(bench) == [f"t0/{sample}" for sample in range(4)]
+    comeback.join()
 
 
 def test_a_task_that_was_running_when_redis_went_is_done_in_the_end(own_bench: Bench) -> None:
