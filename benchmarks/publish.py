@@ -27,6 +27,7 @@ from torch import Tensor
 
 from benchmarks.publish_fleet import BUCKET_BYTES, measure_pause, measure_push
 from services.contract import weights
+from services.contract.files import sync
 from services.trainer.publishing.buckets import fill_buckets
 from services.trainer.publishing.hf_folder import write_hf_folder
 
@@ -49,7 +50,7 @@ def run_volume(model: Path, folder: Path, rounds: int) -> None:
     def plain() -> None:
         path = folder / "plain.safetensors"
         save_file(tensors, path, metadata={"format": "pt"})
-        weights.sync_file(path)
+        sync(path)
 
     def published() -> None:
         version = next(versions)
