@@ -10,14 +10,22 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 CHUNK_BYTES = 4 << 20
 
 
-def file_digest(path: Path, on_bytes: Callable[[int], object] | None = None) -> str:
-    """SHA-256 of a file, in hex; `on_bytes` hears how many bytes were just read."""
-    digest = hashlib.sha256()
+class Digest(Protocol):
+    """What hashlib's and blake3's objects have in common."""
+
+    def update(self, data: bytes | memoryview, /) -> object: ...
+
+    def hexdigest(self) -> str: ...
+
+
+def file_digest(path: Path, on_bytes: Callable[[int], object] | None = None, kind: Callable[[], Digest] = hashlib.sha256) -> str:
+    """Digest of a file, in hex; `on_bytes` hears how many bytes were just read."""
+    digest = kind()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -11,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from services.contract.weights import (
     MANIFEST,
@@ -41,6 +44,7 @@ def test_a_published_version_is_whole_and_says_what_it_is(tmp_path: Path) -> Non
     manifest = verify(path)
     assert (manifest.version, manifest.parent) == (7, 6)
     assert {name: entry.bytes for name, entry in manifest.files.items()} == {"model.safetensors": 1000, "config.json": 18}
+    assert all(manifest.files[name].blake3 == blake3((path / name).read_bytes()).hexdigest() for name in manifest.files)
     assert published_versions(tmp_path) == [7]
     assert [path.name for path in tmp_path.iterdir()] == ["v000007"], "nothing else is left"
 
@@ -96,6 +100,27 @@ def test_damage_is_found_and_named(tmp_path: Path, name: str) -> None:
     damage, told = DAMAGES[name]
     damage(folder)
     with pytest.raises(WeightsError, match=re.escape(told)):
+        verify(folder)
+
+
+def test_a_manifest_of_before_is_held_against_its_sha256(tmp_path: Path) -> None:
+    folder = publish(tmp_path, 1, 0, write_model)
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    for name, entry in manifest["files"].items():
+        manifest["files"][name] = {"bytes": entry["bytes"], "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest()}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert verify(folder).version == 1
+    alter(folder)
+    with pytest.raises(WeightsError, match="does not have the digest"):
+        verify(folder)
+
+
+def test_a_file_without_a_digest_is_not_trusted(tmp_path: Path) -> None:
+    folder = publish(tmp_path, 1, 0, write_model)
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    del manifest["files"]["model.safetensors"]["blake3"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(WeightsError, match=r"model\.safetensors does not have the digest"):
         verify(folder)
 
 

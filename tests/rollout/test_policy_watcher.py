@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -84,7 +85,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a missing shard": (lambda f: (f / SHARDS[0]).unlink(), f"{SHARDS[0]} is missing from version 1"),
     "a shard in place of the other": (lambda f: shutil.copyfile(f / SHARDS[0], f / SHARDS[1]), "does not have the digest"),
     "another digest in the manifest": (
-        change_manifest(lambda m: m["files"][SHARDS[0]].update(sha256="0" * 64)),
+        change_manifest(lambda m: m["files"][SHARDS[0]].update(blake3="0" * 64)),
         "does not have the digest of the manifest",
     ),
     "the manifest of another version": (change_manifest(lambda m: m.update(version=7)), "calls itself version 7, the board says 1"),
@@ -114,8 +115,8 @@ async def test_a_folder_that_vanishes_while_it_is_read_is_not_loaded(setting: Se
     policy = setting.publish(1)
     digest = weights.file_digest
 
-    def vanish(path: Path) -> str:
-        found = digest(path)
+    def vanish(path: Path, **kind: Any) -> str:
+        found = digest(path, **kind)
         shutil.rmtree(path.parent, ignore_errors=True)
         return found
 

@@ -30,7 +30,6 @@ from services.contract.groups import GroupStore, Lease
 from services.contract.messages import PromptGroup, Span, Trajectory, VersionSpan
 from services.contract.policy import PolicyBoard, PolicyVersion
 from services.contract.store import connect
-from services.contract.weights import read_manifest
 from services.trainer.durable.checkpoints import Checkpoints
 from services.trainer.durable.ledger import Ledger
 from tests.conftest import free_port
@@ -163,10 +162,7 @@ def play(group: PromptGroup, sample: int, policy: PolicyVersion) -> Trajectory:
 
 def served_weights(policy: PolicyVersion) -> str:
     """The digest of the weights in a policy's folder."""
-    folder = Path(policy.path)
-    if policy.version == 0:
-        return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    return read_manifest(folder).files["model.safetensors"].sha256
+    return hashlib.sha256((Path(policy.path) / "model.safetensors").read_bytes()).hexdigest()
 
 
 class Nursery:
