@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from services.rollout.policy_watcher import PolicyWatcher
 from services.rollout.tasks import run_in
 from services.rollout.version_files import VersionFiles
 from tests.rollout.conftest import RUN, make_config
+from tests.torn_weights import change_manifest
 
 pytestmark = pytest.mark.asyncio
 SHARDS = ("model-00001.safetensors", "model-00002.safetensors")
@@ -68,15 +68,6 @@ def flip(folder: Path) -> None:
     body = bytearray((folder / SHARDS[1]).read_bytes())
     body[500] ^= 1
     (folder / SHARDS[1]).write_bytes(body)
-
-
-def change_manifest(change: Callable[[dict], object]) -> Callable[[Path], None]:
-    def changed(folder: Path) -> None:
-        manifest = json.loads((folder / weights.MANIFEST).read_text())
-        change(manifest)
-        (folder / weights.MANIFEST).write_text(json.dumps(manifest))
-
-    return changed
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
